@@ -1,0 +1,75 @@
+"""moesaic runs mixture-of-experts models that adapt while they run.
+
+``import moesaic`` registers the experts implementation ``"moesaic"`` and the model ``MoesaicForCausalLM`` with
+transformers; the names below are the public surface, loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moesaic.after_import import after_import
+
+if TYPE_CHECKING:
+    from moesaic import experts, hf, routing
+    from moesaic.config import MoEConfig
+    from moesaic.dispatch import Dispatch
+    from moesaic.errors import MoesaicError
+    from moesaic.experts import ExpertBank, use_backend
+    from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
+    from moesaic.layer import MoE, update_balancing
+    from moesaic.routing import Routing
+
+# Where each public name lives; None for a subpackage.
+_HOMES: dict[str, str | None] = {
+    "Dispatch": "moesaic.dispatch",
+    "ExpertBank": "moesaic.experts",
+    "MoE": "moesaic.layer",
+    "MoEConfig": "moesaic.config",
+    "MoesaicConfig": "moesaic.hf",
+    "MoesaicError": "moesaic.errors",
+    "MoesaicForCausalLM": "moesaic.hf",
+    "Routing": "moesaic.routing",
+    "experts": None,
+    "hf": None,
+    "routing": None,
+    "update_balancing": "moesaic.layer",
+    "use_backend": "moesaic.experts",
+}
+
+__all__ = [
+    "Dispatch",
+    "ExpertBank",
+    "MoE",
+    "MoEConfig",
+    "MoesaicConfig",
+    "MoesaicError",
+    "MoesaicForCausalLM",
+    "Routing",
+    "experts",
+    "hf",
+    "routing",
+    "update_balancing",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("moesaic")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    home = _HOMES[name]
+    value = importlib.import_module(f"moesaic.{name}") if home is None else getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+after_import("transformers", lambda: importlib.import_module("moesaic.hf"))

@@ -1,0 +1,177 @@
+"""ORDER: a :class:`Routing` as rows grouped by expert, and back.
+
+T tokens · D model width · E experts · K slots per token · N routed rows. Slot ``t·K + k`` is token t's k-th choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from moesaic.routing import Routing, expert_capacity
+from moesaic.routing.routing import count_slots
+
+
+@dataclass
+class Dispatch:
+    """Which row of the expert-grouped order holds which slot; computed once per layer call, used by every backend.
+
+    Args:
+        permutation: ``[N]`` int64, the slot of each row; rows of expert 0 first, then expert 1, ..., and within an
+            expert in the order of the tokens. A padding row carries ``T · K``, the id that follows the last slot.
+        inverse: ``[T, K]`` int64, the row of each slot; ``N`` for a null slot.
+        counts: ``[E]`` int64, rows per expert (padding rows included).
+        offsets: ``[E]`` int32, the row that follows each expert's last one: ``counts.cumsum(0)``. Rows from
+            ``offsets[-1]`` on belong to nobody: no backend computes them, and nothing reads what they hold.
+        weights: ``[T, K]``, the routing weights, applied by :meth:`combine`.
+    """
+
+    permutation: Tensor
+    inverse: Tensor
+    counts: Tensor
+    offsets: Tensor
+    weights: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[0]
+
+    @staticmethod
+    def from_routing(routing: Routing, capacity_factor: float = 0.0) -> Dispatch:
+        """Group the slots of ``routing`` by expert.
+
+        With ``capacity_factor > 0`` every expert gets exactly ``expert_capacity(...)`` rows, the missing ones being
+        padding, so that all shapes follow from T, K and E alone; the routing must have been limited to that capacity
+        (``limit_capacity``). Otherwise each expert gets as many rows as it has slots.
+        """
+        ids_TK, weights_TK = routing.expert_ids, routing.weights
+        if capacity_factor > 0:
+            capacity = expert_capacity(ids_TK.shape[0], ids_TK.shape[1], routing.num_experts, capacity_factor)
+            return _padded(ids_TK, weights_TK, routing.num_experts, capacity)
+        return _dropless(ids_TK, weights_TK, routing.num_experts)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """``[T, D]`` to ``[N, D]``: each row gets its token's features; padding rows get zeros."""
+        return _GatherRows.apply(x_TD, self.permutation, self.inverse)
+
+    def combine(self, y_ND: Tensor) -> Tensor:
+        """``[N, D]`` to ``[T, D]``: each token's rows, weighted and summed in float32, in the dtype of ``y_ND``.
+
+        A null slot adds nothing, whatever the memory of rows that nobody computed holds.
+        """
+        return _CombineRows.apply(y_ND, self.weights, self.permutation, self.inverse)
+
+    def expert_of_row(self) -> Tensor:
+        """``[N]`` int64: the expert of each row, ``E`` for the rows that belong to nobody."""
+        rows = torch.arange(self.permutation.shape[0], device=self.offsets.device, dtype=self.offsets.dtype)
+        return torch.searchsorted(self.offsets, rows, right=True)
+
+
+def _dropless(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Dispatch:
+    ids = ids_TK.reshape(-1)
+    counts = count_slots(ids, num_experts)
+    offsets = counts.cumsum(0).to(torch.int32)
+    permutation = torch.sort(ids, stable=True).indices
+    num_slots = ids.numel()
+    rows = torch.arange(num_slots, device=ids.device)
+    if ids.device.type == "cpu" and num_slots and not torch.compiler.is_compiling():
+        # The null slots were sorted to the end: cut them off where reading the number costs nothing. Elsewhere they
+        # stay as rows that belong to nobody, and N is T·K.
+        rows = rows[: int(offsets[-1])]
+        permutation = permutation[: rows.numel()]
+    num_rows = permutation.numel()
+    inverse = torch.full_like(ids, num_rows).scatter_(0, permutation, rows).masked_fill_(ids >= num_experts, num_rows)
+    return Dispatch(permutation, inverse.view_as(ids_TK), counts, offsets, weights_TK)
+
+
+def _padded(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity: int) -> Dispatch:
+    ids = ids_TK.reshape(-1)
+    num_slots, num_rows = ids.numel(), num_experts * capacity
+    counts = count_slots(ids, num_experts)
+    order = torch.sort(ids, stable=True).indices
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    expert = ids[order]
+    place = torch.arange(num_slots, device=ids.device) - starts[expert.clamp(max=num_experts)]
+    row = (expert * capacity + place).masked_fill_(expert >= num_experts, num_rows)
+    # One row more than there are takes what the null slots write.
+    permutation = torch.full((num_rows + 1,), num_slots, device=ids.device).scatter_(0, row, order)[:num_rows]
+    inverse = torch.empty_like(ids).scatter_(0, order, row)
+    offsets = torch.arange(1, num_experts + 1, device=ids.device, dtype=torch.int32) * capacity
+    return Dispatch(permutation, inverse.view_as(ids_TK), torch.full_like(counts, capacity), offsets, weights_TK)
+
+
+def _rows_of_slots(y_ND: Tensor, inverse_TK: Tensor) -> Tensor:
+    """``[T, K, D]``: the row of each slot, zeros for null slots."""
+    num_rows = y_ND.shape[0]
+    if num_rows == 0:
+        return y_ND.new_zeros(*inverse_TK.shape, y_ND.shape[1])
+    rows_TKD = y_ND[inverse_TK.clamp(max=num_rows - 1)]
+    return rows_TKD.masked_fill_((inverse_TK >= num_rows).unsqueeze(-1), 0.0)
+
+
+def _accumulator(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
+
+
+def _tokens_of_rows(x_TD: Tensor, permutation: Tensor, top_k: int) -> Tensor:
+    """``[N, D]``: the token of each row, zeros for padding rows."""
+    num_tokens = x_TD.shape[0]
+    if num_tokens == 0:
+        return x_TD.new_zeros(permutation.numel(), x_TD.shape[1])
+    token = permutation // top_k
+    return x_TD[token.clamp(max=num_tokens - 1)].masked_fill_((token >= num_tokens).unsqueeze(-1), 0.0)
+
+
+# Gather and combine are each other's transposes, and the permutation is a bijection: both directions are plain
+# gathers, so no scatter with atomics runs and the result is deterministic on every device. Autograd would not know.
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TD: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:  # type: ignore[override]
+        return _tokens_of_rows(x_TD, permutation, inverse_TK.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (inverse_TK,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_TD = _rows_of_slots(grad_ND, inverse_TK).sum(dim=1, dtype=_accumulator(grad_ND))
+        return grad_TD.to(grad_ND.dtype), None, None
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(y_ND: Tensor, weights_TK: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:  # type: ignore[override]
+        wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
+        return torch.einsum("tkd,tk->td", rows_TKD.to(wide), weights_TK.to(wide)).to(y_ND.dtype)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y_ND, weights_TK, permutation, inverse_TK = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_y = grad_weights = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            grad_ND = _tokens_of_rows(grad_TD, permutation, weights_TK.shape[1])
+            flat = torch.cat([weights_TK.reshape(-1), weights_TK.new_zeros(1)])
+            grad_y = grad_ND * flat[permutation].unsqueeze(-1).to(grad_ND.dtype)
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
+            grad_weights = torch.einsum("tkd,td->tk", rows_TKD.to(wide), grad_TD.to(wide)).to(weights_TK.dtype)
+        return grad_y, grad_weights, None, None

@@ -1,0 +1,128 @@
+"""Which code computes the experts: the registry of backends, the choice, and the one entrance."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from moesaic.dispatch import Dispatch
+from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
+from moesaic.experts.weights import ExpertWeights
+from moesaic.registry import Registry
+
+BACKENDS: Registry[Backend] = Registry("backend")
+AUTO = "auto"
+# What "auto" tries, best first; the reference at the end computes everything.
+_PREFERENCE = ["grouped", "loop"]
+
+
+class Backend(ABC):
+    """One way to compute the experts; all give the same numbers."""
+
+    def missing(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None."""
+        return None
+
+    def refusal(self, x_TD: Tensor, weights: ExpertWeights) -> str | None:
+        """Why this backend cannot run this call, or None. Must not depend on the values of a tensor."""
+        return self.missing()
+
+    @abstractmethod
+    def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
+        """``[T, D]`` to ``[T, D]``: gather, up, activation, down, weighted combine; ``x`` and weights share a dtype."""
+
+
+class _Choice:
+    """The process-wide choice. Not a context variable: a recomputed forward runs in autograd's own threads."""
+
+    name: str = AUTO
+
+
+def current_backend() -> str:
+    """The name that :class:`use_backend` set last; ``"auto"`` at first."""
+    return _Choice.name
+
+
+class use_backend:  # noqa: N801  (it reads as a verb, like torch.no_grad)
+    """Choose the backend of all following calls; used as a context manager, the earlier choice comes back.
+
+    Args:
+        name: ``"auto"`` or one of ``moesaic.experts.available()``.
+
+    Raises:
+        ConfigError: for an unknown name, or a backend that cannot run on this machine (with the reason).
+    """
+
+    def __init__(self, name: str) -> None:
+        if name != AUTO:
+            if name not in BACKENDS:
+                raise ConfigError(f"unknown backend {name!r}: {did_you_mean(name, [AUTO, *BACKENDS])}")
+            reason = BACKENDS.get(name).missing()
+            if reason:
+                raise ConfigError(f"the backend {name!r} cannot be used here: {reason}")
+        self._before, _Choice.name = _Choice.name, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _Choice.name = self._before
+
+
+def status() -> dict[str, str | None]:
+    """Every registered backend with the reason why it cannot run here, or None."""
+    return {name: BACKENDS.get(name).missing() for name in BACKENDS}
+
+
+def available() -> list[str]:
+    """Names of the backends that can run on this machine."""
+    return [name for name, reason in status().items() if reason is None]
+
+
+def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
+    """The experts' weighted sum for every token, by the chosen backend.
+
+    Args:
+        x_TD: ``[T, D]`` floating point. Under autocast it and the weights are cast to autocast's dtype.
+        dispatch: of a routing of these T tokens over the E experts of ``weights``.
+
+    Returns:
+        ``[T, D]`` in the dtype computed in.
+
+    Raises:
+        ConfigError: where shapes or dtypes do not go together.
+        UnsupportedError: where the backend that was asked for by name cannot run this call.
+    """
+    if torch.is_autocast_enabled(x_TD.device.type):
+        dtype = torch.get_autocast_dtype(x_TD.device.type)
+        x_TD, weights = x_TD.to(dtype), weights.to(dtype)
+    _check(x_TD, dispatch, weights)
+    return _pick(x_TD, weights).run(x_TD, dispatch, weights)
+
+
+def _pick(x_TD: Tensor, weights: ExpertWeights) -> Backend:
+    if _Choice.name == AUTO:
+        for name in _PREFERENCE:
+            if BACKENDS.get(name).refusal(x_TD, weights) is None:
+                return BACKENDS.get(name)
+    backend = BACKENDS.get(_Choice.name)
+    reason = backend.refusal(x_TD, weights)
+    if reason:
+        raise UnsupportedError(f"the backend {_Choice.name!r} cannot run this call: {reason}")
+    return backend
+
+
+def _check(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> None:
+    width = weights.up_EDG().shape[1]
+    if x_TD.ndim != 2 or x_TD.shape[1] != width:
+        raise ConfigError(f"the experts take features of shape [tokens, {width}], got {list(x_TD.shape)}")
+    if x_TD.dtype != weights.up.dtype:
+        raise ConfigError(f"features are {x_TD.dtype} but the expert weights are {weights.up.dtype}: they must be alike")
+    if x_TD.shape[0] != dispatch.num_tokens or weights.num_experts != dispatch.num_experts:
+        raise ConfigError(
+            f"the routing is for {dispatch.num_tokens} tokens and {dispatch.num_experts} experts, "
+            f"but there are {x_TD.shape[0]} tokens and {weights.num_experts} experts"
+        )

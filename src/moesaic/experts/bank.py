@@ -1,0 +1,58 @@
+"""The weights of a layer's routed experts, as one module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.dispatch import Dispatch
+from moesaic.experts.activations import ACTIVATIONS
+from moesaic.experts.backend import compute
+from moesaic.experts.weights import ExpertWeights
+
+
+class ExpertBank(nn.Module):
+    """E feed-forward experts ``D -> F -> D`` in fused 3-D parameters, computed by the chosen backend.
+
+    Parameters: ``up`` ``[E, G, D]`` (gate and up projection for a gated activation: G = 2F, the gate first; else
+    G = F), ``down`` ``[E, D, F]``, and with ``bias`` ``up_bias`` ``[E, G]`` and ``down_bias`` ``[E, D]``. It is the
+    layout of transformers' ``gate_up_proj`` and ``down_proj``.
+
+    Args:
+        activation: a name of ``moesaic.experts.ACTIVATIONS``.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
+        self.activation = ACTIVATIONS.get(activation)
+        width = 2 * d_ff if self.activation.gated else d_ff
+        self.up = nn.Parameter(torch.empty(num_experts, width, d_model))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.up_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_experts, d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Normal weights, zero biases; ``std`` defaults to one over the square root of each matrix's input width."""
+        nn.init.normal_(self.up, std=std or 1 / math.sqrt(self.d_model))
+        nn.init.normal_(self.down, std=std or 1 / math.sqrt(self.d_ff))
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def weights(self) -> ExpertWeights:
+        """The parameters as a backend takes them; no copy."""
+        return ExpertWeights(self.up, self.down, self.activation, self.up_bias, self.down_bias)
+
+    def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
+        """``[T, D]`` to ``[T, D]``: for every token the weighted sum of its experts' outputs."""
+        return compute(x_TD, dispatch, self.weights())
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, d_ff={self.d_ff}, num_experts={self.num_experts}, "
+            f"activation={self.activation.name}, bias={self.up_bias is not None}"
+        )

@@ -1,0 +1,134 @@
+"""One grouped matmul per projection, through ``torch.nn.functional.grouped_mm``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.dispatch import Dispatch
+from moesaic.experts.backend import BACKENDS, Backend
+from moesaic.experts.weights import ExpertWeights
+
+_ALIGNMENT = 16  # bytes; grouped_mm's demand on addresses and strides
+
+
+class GroupedBackend(Backend):
+    """Rows grouped by expert, two grouped matmuls, everything else elementwise over all rows at once."""
+
+    def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
+        x_ND = dispatch.gather(x_TD)
+        biased = weights.up_bias is not None or weights.down_bias is not None
+        expert_of_row = dispatch.expert_of_row().clamp(max=weights.num_experts - 1) if biased else None
+        h_NG = grouped_matmul(x_ND, weights.up_EDG(), dispatch.offsets)
+        h_NF = weights.activation.apply(_add_bias(h_NG, weights.up_bias, expert_of_row))
+        y_ND = grouped_matmul(h_NF, weights.down_EFD(), dispatch.offsets)
+        y_ND = _add_bias(y_ND, weights.down_bias, expert_of_row)
+        return dispatch.combine(y_ND if weights.post_norm is None else weights.post_norm(y_ND))
+
+
+def _add_bias(h_NX: Tensor, bias_EX: Tensor | None, expert_of_row: Tensor | None) -> Tensor:
+    return h_NX if bias_EX is None or expert_of_row is None else h_NX + bias_EX[expert_of_row]
+
+
+def grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    """``[N, I]`` times, for the rows of expert e, ``w[e]`` (``[I, O]``): ``[N, O]``; differentiable, compiles as one op.
+
+    Args:
+        offsets_E: ``[E]`` int32, ascending ends of each expert's rows. Rows from ``offsets_E[-1]`` on give zeros.
+    """
+    return torch.ops.moesaic.grouped_matmul(x_NI, w_EIO, offsets_E)  # type: ignore[no-any-return]
+
+
+# ``grouped_mm`` as it comes cannot be compiled in float32, refuses odd strides, and leaves rows that belong to nobody
+# uninitialized. One custom op in front of it settles the three, and falls back to a matmul an expert.
+
+
+@torch.library.custom_op("moesaic::grouped_matmul", mutates_args=())
+def _grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    num_rows, num_outputs = x_NI.shape[0], w_EIO.shape[2]
+    if num_rows and _grouped_mm_takes(x_NI, w_EIO):
+        out_NO = F.grouped_mm(x_NI, w_EIO, offs=offsets_E)
+        if x_NI.device.type != "cpu" or int(offsets_E[-1]) < num_rows:
+            rows = torch.arange(num_rows, device=x_NI.device)
+            out_NO.masked_fill_((rows >= offsets_E[-1]).unsqueeze(-1), 0.0)
+        return out_NO
+    out_NO = x_NI.new_zeros(num_rows, num_outputs)
+    _each_group(offsets_E, lambda e, rows: torch.mm(x_NI[rows], w_EIO[e], out=out_NO[rows]))
+    return out_NO
+
+
+@_grouped_matmul.register_fake
+def _(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_NI.new_empty(x_NI.shape[0], w_EIO.shape[2])
+
+
+@torch.library.custom_op("moesaic::grouped_outer", mutates_args=())
+def _grouped_outer(x_NI: Tensor, grad_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    """``[E, I, O]``: for each expert, its rows of ``x`` transposed times its rows of ``grad``."""
+    num_experts, num_inputs, num_outputs = offsets_E.shape[0], x_NI.shape[1], grad_NO.shape[1]
+    if x_NI.shape[0] and x_NI.device.type != "cpu" and _aligned(x_NI) and _aligned(grad_NO):
+        return F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
+    # On a CPU grouped_mm is a loop itself; this one leaves the experts without rows at zero for free.
+    out_EIO = x_NI.new_zeros(num_experts, num_inputs, num_outputs)
+    _each_group(offsets_E, lambda e, rows: torch.mm(x_NI[rows].t(), grad_NO[rows], out=out_EIO[e]))
+    return out_EIO
+
+
+@_grouped_outer.register_fake
+def _(x_NI: Tensor, grad_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_NI.new_empty(offsets_E.shape[0], x_NI.shape[1], grad_NO.shape[1])
+
+
+def _each_group(offsets_E: Tensor, work: Callable[[int, slice], object]) -> None:
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            work(expert, slice(start, end))
+            start = end
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_NI, w_EIO, offsets_E = ctx.saved_tensors
+    grad_x = grad_w = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grouped_matmul(grad_NO, w_EIO.transpose(1, 2), offsets_E)
+    if ctx.needs_input_grad[1]:
+        # The gradient in the weight's own memory order: a weight stored as [E, O, I] is seen here transposed.
+        if w_EIO.stride(-1) == 1:
+            grad_w = torch.ops.moesaic.grouped_outer(x_NI, grad_NO, offsets_E)
+        else:
+            grad_w = torch.ops.moesaic.grouped_outer(grad_NO, x_NI, offsets_E).transpose(1, 2)
+    return grad_x, grad_w, None
+
+
+_grouped_matmul.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _grouped_mm_takes(x_NI: Tensor, w_EIO: Tensor) -> bool:
+    if x_NI.device.type == "cuda" and torch.cuda.get_device_capability(x_NI.device) < (8, 0):
+        return False
+    return x_NI.dtype in (torch.bfloat16, torch.float16, torch.float32) and _aligned(x_NI) and _aligned(w_EIO)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether one of the last two strides is 1, the other one a multiple of 16 bytes, and the address is aligned."""
+    rows, columns = x.stride()[-2:]
+    wide = rows if columns == 1 else columns
+    lengthwise = x.shape[-1] if columns == 1 else x.shape[-2]
+    return (
+        1 in (rows, columns)
+        and wide >= max(1, lengthwise)
+        and wide * x.element_size() % _ALIGNMENT == 0
+        and x.data_ptr() % _ALIGNMENT == 0
+    )
+
+
+BACKENDS.register("grouped")(GroupedBackend())

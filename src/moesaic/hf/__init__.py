@@ -1,0 +1,20 @@
+"""transformers: the experts implementation ``"moesaic"``, our causal language model, and its export.
+
+Importing this registers both with transformers.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.experts import experts_forward, is_experts_module
+from moesaic.hf.export import export_qwen3_moe
+from moesaic.hf.modeling import MoesaicForCausalLM, MoesaicModel
+
+ALL_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
+AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
+AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
+
+__all__ = ["MoesaicConfig", "MoesaicForCausalLM", "MoesaicModel", "export_qwen3_moe", "is_experts_module"]

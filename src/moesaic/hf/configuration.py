@@ -1,0 +1,68 @@
+"""Settings of our causal language model: Qwen3-MoE's, and those of our MoE layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3MoeConfig
+
+from moesaic.config import MoEConfig
+from moesaic.errors import ConfigError
+
+
+@strict
+class MoesaicConfig(Qwen3MoeConfig):  # type: ignore[misc]
+    """Qwen3-MoE's configuration (attention, RoPE, vocabulary, which layers are sparse) with our layer's settings.
+
+    ``hidden_size``, ``moe_intermediate_size``, ``num_experts`` and ``num_experts_per_tok`` keep transformers' names;
+    the others are those of :class:`moesaic.MoEConfig`, ``activation`` and ``bias`` being ``expert_activation`` and
+    ``expert_bias`` here. ``norm_topk_prob``, ``hidden_act`` of the experts and ``router_aux_loss_coef`` of Qwen3-MoE
+    are replaced by ``router_options``, ``expert_activation`` and ``balancing``.
+
+    Raises:
+        ConfigError: for a value out of range, or settings that do not go together.
+    """
+
+    model_type = "moesaic"
+    base_model_tp_plan = None  # moesaic.parallelize places experts, not transformers' plans for Qwen3-MoE's names
+    base_model_ep_plan = None
+
+    router: str = "softmax_topk"
+    router_options: dict[str, Any] | None = None
+    balancing: dict[str, float] | None = None
+    capacity_factor: float = 0.0
+    expert_activation: str = "swiglu"
+    expert_bias: bool = False
+    num_shared_experts: int = 0
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.router_options = self.router_options or {}
+        self.balancing = self.balancing or {}
+        super().__post_init__(**kwargs)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if getattr(self, "head_dim", None) is None and self.hidden_size % heads:
+            raise ConfigError(f"hidden_size (d_model) is {self.hidden_size}: num_attention_heads = {heads} must divide it")
+        if heads % kv_heads:
+            raise ConfigError(f"num_attention_heads is {heads}: num_key_value_heads = {kv_heads} must divide it")
+        self.moe_config()
+
+    def moe_config(self) -> MoEConfig:
+        """The settings of one MoE layer; checked on the way."""
+        return MoEConfig(
+            d_model=self.hidden_size,
+            d_ff=self.moe_intermediate_size,
+            num_experts=self.num_experts,
+            top_k=self.num_experts_per_tok,
+            router=self.router,
+            router_options=self.router_options or {},
+            balancing=self.balancing or {},
+            capacity_factor=self.capacity_factor,
+            activation=self.expert_activation,
+            bias=self.expert_bias,
+            num_shared_experts=self.num_shared_experts,
+            shared_d_ff=self.shared_intermediate_size,
+            shared_gate=self.shared_gate,
+        )

@@ -1,0 +1,116 @@
+"""The experts implementation ``"moesaic"``: any transformers MoE on our dispatch and backends.
+
+transformers hands an experts module, the tokens, and what the model's own router chose; its variants (gated or not,
+biased, transposed, interleaved, custom gates, post-expert norms, expert-parallel sentinels) become one
+:class:`ExpertWeights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
+
+from moesaic.dispatch import Dispatch
+from moesaic.errors import UnsupportedError
+from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute
+from moesaic.routing import Routing
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether a module takes part in transformers' experts interface."""
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """``[T, D]`` to ``[T, D]`` for a module of transformers' experts interface.
+
+    Args:
+        top_k_index: ``[T, K]`` integer; ids from the number of experts on are null slots (expert parallelism's
+            sentinels).
+        top_k_weights: ``[T, K]``.
+
+    Raises:
+        UnsupportedError: where the module is a variant that we do not know; the message names it.
+    """
+    weights = weights_of(module)
+    num_experts = weights.num_experts
+    null_TK = top_k_index >= num_experts
+    routing = Routing(
+        expert_ids=top_k_index.long(),
+        weights=top_k_weights,
+        # Only the number of experts is read from the scores here; the model's router keeps its own.
+        scores=top_k_weights.new_zeros(()).expand(top_k_index.shape[0], num_experts),
+    ).without(null_TK)
+    return compute(hidden_states, Dispatch.from_routing(routing), weights).to(hidden_states.dtype)
+
+
+def weights_of(module: nn.Module) -> ExpertWeights:
+    """The module's parameters as a backend takes them; no copy.
+
+    Raises:
+        UnsupportedError: for a variant that we do not know.
+    """
+    gated, biased = bool(_flag(module, "has_gate")), bool(_flag(module, "has_bias"))
+    up = "gate_up_proj" if gated else "up_proj"
+    return ExpertWeights(
+        up=_parameter(module, up),
+        down=_parameter(module, "down_proj"),
+        activation=_activation(module, gated),
+        up_bias=_parameter(module, f"{up}_bias") if biased else None,
+        down_bias=_parameter(module, "down_proj_bias") if biased else None,
+        transposed=bool(_flag(module, "is_transposed")),
+        # transformers before 5.18 has no such flag
+        post_norm=_own(module, "post_expert_norm") if getattr(module, "has_post_expert_norm", False) else None,
+    )
+
+
+def _flag(module: nn.Module, name: str) -> object:
+    if not hasattr(module, name):
+        raise _unsupported(module, f"it has no {name!r}, so it does not follow the experts interface that we know")
+    return getattr(module, name)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        raise _unsupported(module, f"it has no tensor {name!r} (quantized or custom storage)")
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        raise _unsupported(module, f"{name} is stored as {value.dtype}; float32, bfloat16 and float16 are supported")
+    return value
+
+
+# transformers' activation classes that are one of ours: (as a plain activation, as the gate of a gated one).
+_NAMES: dict[type, tuple[str | None, str | None]] = {
+    SiLUActivation: (None, "swiglu"),
+    nn.SiLU: (None, "swiglu"),
+    GELUActivation: ("gelu", "geglu"),
+    GELUTanh: ("gelu_tanh", "geglu_tanh"),
+    nn.ReLU: ("relu", None),
+}
+
+
+def _activation(module: nn.Module, gated: bool) -> Activation:
+    """The named activation where we can tell that it is one (a kernel may fuse it), else the module's own code."""
+    plain, gate = _NAMES.get(type(getattr(module, "act_fn", None)), (None, None))
+    if not gated:
+        return ACTIVATIONS.get(plain) if plain else Activation("custom", False, _own(module, "act_fn"))
+    default_gate = getattr(type(module), "_apply_gate", None) is _default_apply_gate
+    if default_gate and not _flag(module, "is_concatenated"):
+        raise _unsupported(module, "gate and up are interleaved, but it has no _apply_gate of its own to part them")
+    return ACTIVATIONS.get(gate) if gate and default_gate else Activation("custom", True, _own(module, "_apply_gate"))
+
+
+def _own(module: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise _unsupported(module, f"it has no callable {name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def _unsupported(module: nn.Module, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"experts_implementation='moesaic' cannot run {type(module).__name__}: {reason}")

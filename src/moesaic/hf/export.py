@@ -1,0 +1,65 @@
+"""Our checkpoint as a plain Qwen3-MoE one, which transformers, vLLM and others read without moesaic."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moesaic.errors import UnsupportedError
+from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.modeling import MoesaicForCausalLM
+
+# Our parameter names, and Qwen3-MoE's for the same tensors.
+_RENAMED = {
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.experts.up": "mlp.experts.gate_up_proj",
+    "mlp.experts.down": "mlp.experts.down_proj",
+}
+
+
+def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
+    """The same function as a :class:`transformers.Qwen3MoeForCausalLM`; its tensors are the model's own, not copies.
+
+    Raises:
+        UnsupportedError: where a setting has no counterpart there; the message names every such setting.
+    """
+    config: MoesaicConfig = model.config
+    if reasons := obstacles(config):
+        raise UnsupportedError(f"this model cannot be written as Qwen3-MoE: {'; '.join(reasons)}")
+    plain = {key: value for key, value in config.to_dict().items() if key in Qwen3MoeConfig().to_dict()}
+    plain |= {
+        "model_type": Qwen3MoeConfig.model_type,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "norm_topk_prob": (config.router_options or {}).get("normalize", True),
+        "hidden_act": "silu",
+        "router_aux_loss_coef": (config.balancing or {}).get("load_balancing", 0.0),
+    }
+    with torch.device("meta"):
+        exported = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(plain))
+    exported.load_state_dict({_renamed(name): tensor for name, tensor in model.state_dict().items()}, assign=True)
+    exported.tie_weights()
+    exported.model.rotary_emb = model.model.rotary_emb  # its frequencies are computed, not stored
+    exported.generation_config = model.generation_config
+    return exported.eval()
+
+
+def obstacles(config: MoesaicConfig) -> list[str]:
+    """The settings that Qwen3-MoE cannot express, each with its value and what would be allowed."""
+    checks = [
+        ("router", config.router, "softmax_topk"),
+        ("expert_activation", config.expert_activation, "swiglu"),
+        ("expert_bias", config.expert_bias, False),
+        ("num_shared_experts", config.num_shared_experts, 0),
+        ("capacity_factor", config.capacity_factor, 0.0),
+    ]
+    reasons = [f"{name} is {value!r}, only {allowed!r} is possible" for name, value, allowed in checks if value != allowed]
+    if config.hidden_act != "silu" and config.mlp_only_layers:
+        reasons.append(f"hidden_act of the dense layers is {config.hidden_act!r}, only 'silu' is possible")
+    return reasons
+
+
+def _renamed(name: str) -> str:
+    for ours, theirs in _RENAMED.items():
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return name

@@ -1,0 +1,143 @@
+"""Our causal language model: transformers' Qwen3-MoE decoder with our MoE layer in place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeMLP,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+
+from moesaic.errors import UnsupportedError
+from moesaic.experts import ExpertBank
+from moesaic.hf.configuration import MoesaicConfig
+from moesaic.layer import MoE, moe_layers
+from moesaic.routing import Router
+
+# The constructors below skip their parents' (``super(Parent, self).__init__``): those would first build Qwen3-MoE's own
+# experts, most of the model's memory, only for us to throw them away.
+
+
+class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):  # type: ignore[misc]
+    """Attention and norms of Qwen3-MoE; the feed-forward is :class:`moesaic.MoE`, or dense where the config says so."""
+
+    def __init__(self, config: MoesaicConfig, layer_idx: int) -> None:
+        super(Qwen3MoeDecoderLayer, self).__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        sparse = layer_idx not in config.mlp_only_layers and (layer_idx + 1) % config.decoder_sparse_step == 0
+        self.mlp = MoE(config.moe_config()) if sparse else Qwen3MoeMLP(config, config.intermediate_size)
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):  # type: ignore[misc]
+    """Initialization, and what may be recorded of a forward."""
+
+    config_class = MoesaicConfig
+    _no_split_modules = ["MoesaicDecoderLayer"]  # noqa: RUF012  (transformers' way)
+    # Router logits are read from the layers' last_routing instead, see MoesaicForCausalLM.forward.
+    _can_record_outputs = {"hidden_states": MoesaicDecoderLayer, "attentions": Qwen3MoeAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, ExpertBank | Router):
+            module.reset_parameters(std)
+        elif isinstance(module, MoE):
+            module.slot_counts.zero_()
+        else:
+            super()._init_weights(module)
+
+
+class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):  # type: ignore[misc]
+    """The decoder without its head; forward, KV cache and masks are Qwen3-MoE's."""
+
+    def __init__(self, config: MoesaicConfig) -> None:
+        super(Qwen3MoeModel, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MoesaicDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):  # type: ignore[misc]
+    """A decoder-only language model with moesaic's MoE layers; generation, saving and checkpointing are inherited."""
+
+    def __init__(self, config: MoesaicConfig) -> None:
+        super(Qwen3MoeForCausalLM, self).__init__(config)
+        self.model = MoesaicModel(config)
+        self.vocab_size = config.vocab_size
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the layers' balancing losses, and in ``loss`` where labels are.
+
+        Args:
+            input_ids: ``[B, S]`` int64. labels: ``[B, S]``, -100 where there is no loss; shifted inside.
+            output_router_logits: also return each MoE layer's gate logits, ``[B·S, E]`` float32.
+        """
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            output_router_logits=False,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        layers = moe_layers(self)
+        if layers:
+            outputs.aux_loss = torch.stack([layer.aux_loss.to(outputs.logits.device) for layer in layers]).sum()
+        if outputs.loss is not None and outputs.aux_loss is not None:
+            outputs.loss = outputs.loss + outputs.aux_loss
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if wanted:
+            outputs.router_logits = tuple(layer.last_routing.logits for layer in layers if layer.last_routing)
+        return outputs
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kw: Any) -> None:
+        """Transformers' own, refused in the re-entrant variant, which would lose the balancing losses' gradients.
+
+        Raises:
+            UnsupportedError: for ``use_reentrant=True``.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise UnsupportedError("gradient checkpointing with use_reentrant=True would lose the gradient of aux_loss")
+        super().gradient_checkpointing_enable(options, **kw)

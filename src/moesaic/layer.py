@@ -1,0 +1,123 @@
+"""The MoE layer: route, dispatch, compute, combine.
+
+T tokens · D model width · E experts · K slots per token. Follow a token: ``MoE.forward`` here, ``Dispatch`` in
+``dispatch.py``, ``compute`` in ``experts/backend.py``, a backend in ``experts/``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config import MoEConfig
+from moesaic.dispatch import Dispatch
+from moesaic.errors import ConfigError
+from moesaic.experts import ExpertBank, SharedExperts
+from moesaic.routing import BALANCERS, Routing, balance_loss, create_router, limit_capacity
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts feed-forward layer: ``[..., D]`` to ``[..., D]``.
+
+    After a forward, ``last_routing`` is its :class:`Routing` and ``aux_loss`` a float32 scalar to be added to the
+    training loss (0 where the configuration names no balancing loss). After an optimizer step call
+    :meth:`after_step`, or :func:`update_balancing` for a whole model: balancers without a loss act there.
+    """
+
+    last_routing: Routing | None
+    aux_loss: Tensor
+    slot_counts: Tensor
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.router = create_router(c.router, c.d_model, c.num_experts, c.top_k, **c.router_options)
+        self.experts = ExpertBank(c.d_model, c.d_ff, c.num_experts, c.activation, c.bias)
+        self.shared: SharedExperts | None = None
+        if c.num_shared_experts:
+            shared_d_ff = c.shared_d_ff or c.d_ff
+            self.shared = SharedExperts(
+                c.d_model, shared_d_ff, c.num_shared_experts, c.activation, c.bias, c.shared_gate
+            )
+        # Slots per expert since the last optimizer step; always zero between steps, hence not in checkpoints.
+        self.register_buffer("slot_counts", torch.zeros(c.num_experts, dtype=torch.int64), persistent=False)
+        self.last_routing = None
+        self.aux_loss = torch.zeros(())
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        top_k: int | None = None,
+        capacity_factor: float | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Route every token, run its experts, and sum what they say.
+
+        1. the router gives each token K experts and weights;
+        2. tokens masked out, and slots beyond an expert's capacity, become null slots, which cost nothing;
+        3. rows grouped by expert go through the chosen backend, and come back weighted and summed.
+
+        Args:
+            x: ``[..., D]`` floating point.
+            top_k, capacity_factor: override the configuration for this call.
+            token_mask: ``[...]`` boolean, False for tokens (padding) that get no routed expert.
+
+        Raises:
+            ConfigError: for a wrong width, a mask of another shape, or a ``top_k`` out of range.
+        """
+        x_TD = self._tokens(x)
+        routing = self.router(x_TD, top_k)
+        if token_mask is not None:
+            routing = routing.without(~self._mask(token_mask, x))
+        self._balance(routing)
+
+        factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
+        routing = limit_capacity(routing, factor)
+        y_TD = self.experts(x_TD, Dispatch.from_routing(routing, factor))
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        self.last_routing = routing
+        return y_TD.view(x.shape)
+
+    def after_step(self) -> None:
+        """Let the balancers that work without a loss act, once after each optimizer step."""
+        for name, coefficient in self.config.balancing.items():
+            BALANCERS.get(name).update(self.router, self.slot_counts, coefficient)
+        self.slot_counts.zero_()
+
+    def _balance(self, routing: Routing) -> None:
+        # Before capacity drops slots: a balancer must see what the router asked for, not what was granted.
+        self.aux_loss = balance_loss(routing, self.config.balancing)
+        if self.training and self.config.balancing:
+            self.slot_counts += routing.counts()
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.config.d_model:
+            raise ConfigError(f"the layer takes features of width d_model = {self.config.d_model}, got {list(x.shape)}")
+        return x.reshape(-1, self.config.d_model)
+
+    @staticmethod
+    def _mask(token_mask: Tensor, x: Tensor) -> Tensor:
+        if token_mask.shape != x.shape[:-1]:
+            raise ConfigError(f"token_mask has shape {list(token_mask.shape)}, but the tokens {list(x.shape[:-1])}")
+        return token_mask.reshape(-1, 1).bool()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last forward left hangs on its autograd graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "last_routing": None, "aux_loss": torch.zeros(())}
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """The MoE layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def update_balancing(model: nn.Module) -> None:
+    """Call :meth:`MoE.after_step` of every layer of a model; call it after each optimizer step."""
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.after_step()

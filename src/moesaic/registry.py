@@ -1,0 +1,44 @@
+"""Names for the parts that can be exchanged: a new part is one new file and one ``@registry.register(name)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from moesaic.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A read-mostly mapping from a name to a part of one kind (``"router"``, ``"backend"``, ...)."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that enters a part under ``name``; a name is taken only once."""
+
+        def enter(part: T) -> T:
+            if name in self._parts:
+                raise ConfigError(f"the {self.kind} {name!r} is registered twice")
+            self._parts[name] = part
+            return part
+
+        return enter
+
+    def get(self, name: str) -> T:
+        """The part called ``name``; raises :class:`ConfigError` with the nearest name where there is none."""
+        if name not in self._parts:
+            raise ConfigError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._parts)}")
+        return self._parts[name]
+
+    def names(self) -> list[str]:
+        return sorted(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())

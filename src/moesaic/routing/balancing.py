@@ -1,0 +1,107 @@
+"""Keeping the experts' load even: losses that are added to the training loss, and updates after a step.
+
+A balancer is a class with two methods, ``loss`` and ``update``, of which it overrides what it needs, entered in
+``BALANCERS``; a configuration names any number of them with their coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.registry import Registry
+from moesaic.routing.router import Router
+from moesaic.routing.routing import Routing
+
+BALANCERS: Registry[type[Balancer]] = Registry("balancer")
+
+
+class Balancer:
+    """Base: no loss, no update."""
+
+    @staticmethod
+    def loss(routing: Routing) -> Tensor | None:
+        """A float32 scalar to be multiplied by the coefficient and added to the training loss; None for none."""
+        return None
+
+    @staticmethod
+    def update(router: Router, counts_E: Tensor, coefficient: float) -> None:
+        """Called once after each optimizer step with the slots that each expert got since the last one (``[E]``)."""
+
+    @staticmethod
+    def check(router: type[Router]) -> None:
+        """Raise :class:`ConfigError` where this balancer cannot work with that router."""
+
+
+@BALANCERS.register("load_balancing")
+class LoadBalancing(Balancer):
+    """E · Σ_e f_e · P_e (Switch Transformers, section 2.2, equations 4 to 6), 1 for an even load, whatever K is.
+
+    f_e is expert e's share of the routed slots, P_e its mean share of the scores. Scores that do not sum to 1 over
+    the experts (sigmoid) are normalized per token first (DeepSeek-V3, equations 17 to 20).
+    """
+
+    @staticmethod
+    def loss(routing: Routing) -> Tensor:
+        counts_E = routing.counts()
+        fraction_E = counts_E / counts_E.sum().clamp(min=1)
+        share_TE = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+        return routing.num_experts * (fraction_E * mean_over_routed(share_TE, routing)).sum()
+
+
+@BALANCERS.register("z_loss")
+class ZLoss(Balancer):
+    """Mean over the tokens of logsumexp(logits)² (ST-MoE, section 3.3, equation 5): keeps the logits small."""
+
+    @staticmethod
+    def loss(routing: Routing) -> Tensor:
+        if routing.logits is None:
+            raise ConfigError("the balancer 'z_loss' needs a router that has logits")
+        return mean_over_routed(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).squeeze()
+
+
+@BALANCERS.register("bias_update")
+class BiasUpdate(Balancer):
+    """Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2; Wang et al., algorithm 1).
+
+    After each step the selection bias of an expert with less than the mean load goes up by the coefficient, that of
+    one with more goes down. No gradient is involved.
+    """
+
+    @staticmethod
+    def update(router: Router, counts_E: Tensor, coefficient: float) -> None:
+        bias = router.get_buffer("selection_bias")
+        load = counts_E.to(bias.dtype)
+        bias += coefficient * torch.sign(load.mean() - load)
+
+    @staticmethod
+    def check(router: type[Router]) -> None:
+        if "selection_bias" not in getattr(router, "__annotations__", {}):
+            raise ConfigError(f"the balancer 'bias_update' needs a router with a selection_bias; {router.__name__} has none")
+
+
+def mean_over_routed(values_TX: Tensor, routing: Routing) -> Tensor:
+    """``[X]``: mean over the tokens that have an expert at all; padded tokens (all slots null) do not count."""
+    routed_T1 = (routing.expert_ids < routing.num_experts).any(dim=-1, keepdim=True)
+    return torch.where(routed_T1, values_TX, 0.0).sum(dim=0) / routed_T1.sum().clamp(min=1)
+
+
+def check_balancing(balancing: Mapping[str, float], router: type[Router]) -> None:
+    """Refuse unknown balancers, negative coefficients, and balancers that do not go with the router."""
+    for name, coefficient in balancing.items():
+        BALANCERS.get(name).check(router)
+        if coefficient < 0:
+            raise ConfigError(f"the coefficient of balancer {name!r} is {coefficient}: it must be at least 0")
+
+
+def balance_loss(routing: Routing, balancing: Mapping[str, float]) -> Tensor:
+    """Σ coefficient · loss over the named balancers: a float32 scalar, 0 where there is none."""
+    total = routing.scores.new_zeros(())
+    for name, coefficient in balancing.items():
+        loss = BALANCERS.get(name).loss(routing)
+        if loss is not None:
+            total = total + coefficient * loss
+    return total

@@ -1,0 +1,50 @@
+"""Expert capacity: how many rows one expert may take, and who is dropped beyond it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moesaic.routing.routing import Routing
+
+
+def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
+    """Rows that one expert may take at capacity factor ``factor``: ``ceil(|factor| · T · K / E)``.
+
+    Tutel: Adaptive Mixture-of-Experts at Scale, section 4.1 (dynamic capacity); the sign of the factor is read by
+    :func:`limit_capacity` and by the layer.
+    """
+    return math.ceil(abs(factor) * num_tokens * top_k / num_experts)
+
+
+def limit_capacity(routing: Routing, factor: float) -> Routing:
+    """Make the slots beyond an expert's capacity null, and count them in ``dropped``.
+
+    First choices go before second ones, and earlier tokens before later ones (GShard, algorithm 1). The weights of a
+    token's remaining slots are not changed. ``factor == 0`` is dropless and returns the routing as it came.
+
+    Args:
+        routing: for T tokens, K slots, E experts; slots that are null already take no capacity.
+        factor: ``> 0`` and ``< 0`` limit alike here; only the former also pads (see ``Dispatch.from_routing``).
+    """
+    if factor == 0:
+        return routing
+    num_tokens, top_k = routing.expert_ids.shape
+    capacity = expert_capacity(num_tokens, top_k, routing.num_experts, factor)
+    real_TK = routing.expert_ids < routing.num_experts
+    over_TK = (position_in_expert(routing.expert_ids, routing.counts()) >= capacity) & real_TK
+    return replace(routing.without(over_TK), dropped=over_TK.sum())
+
+
+def position_in_expert(expert_ids_TK: Tensor, counts_E: Tensor) -> Tensor:
+    """``[T, K]`` int64: the place of each slot in its expert's queue, all first choices before all second ones."""
+    num_tokens, top_k = expert_ids_TK.shape
+    ids = expert_ids_TK.t().reshape(-1)
+    ends = torch.cat([counts_E.cumsum(0), ids.new_full((1,), ids.numel())])
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    ordered, order = torch.sort(ids, stable=True)
+    rank = torch.arange(ids.numel(), device=ids.device) - starts[ordered.clamp(max=counts_E.numel())]
+    return torch.empty_like(rank).scatter_(0, order, rank).view(top_k, num_tokens).t()
