@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
@@ -131,13 +133,10 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):  # type: 
             outputs.router_logits = tuple(layer.last_routing.logits for layer in layers if layer.last_routing)
         return outputs
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kw: Any) -> None:
-        """Transformers' own, refused in the re-entrant variant, which would lose the balancing losses' gradients.
-
-        Raises:
-            UnsupportedError: for ``use_reentrant=True``.
-        """
-        options = dict(gradient_checkpointing_kwargs or {})
-        if options.setdefault("use_reentrant", False):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        """Transformers' own; the re-entrant variant is refused: it would lose the gradients of the balancing losses."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
             raise UnsupportedError("gradient checkpointing with use_reentrant=True would lose the gradient of aux_loss")
-        super().gradient_checkpointing_enable(options, **kw)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
