@@ -6,10 +6,10 @@ T tokens · D model width · E experts · K slots per token · N routed rows. Sl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from moesaic.routing import Routing, expert_capacity
 from moesaic.routing.routing import count_slots
@@ -63,14 +63,16 @@ class Dispatch:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """``[T, D]`` to ``[N, D]``: each row gets its token's features; padding rows get zeros."""
-        return _GatherRows.apply(x_TD, self.permutation, self.inverse)
+        x_ND: Tensor = _GatherRows.apply(x_TD, self.permutation, self.inverse)  # type: ignore[no-untyped-call]
+        return x_ND
 
     def combine(self, y_ND: Tensor) -> Tensor:
         """``[N, D]`` to ``[T, D]``: each token's rows, weighted and summed in float32, in the dtype of ``y_ND``.
 
         A null slot adds nothing, whatever the memory of rows that nobody computed holds.
         """
-        return _CombineRows.apply(y_ND, self.weights, self.permutation, self.inverse)
+        y_TD: Tensor = _CombineRows.apply(y_ND, self.weights, self.permutation, self.inverse)  # type: ignore[no-untyped-call]
+        return y_TD
 
     def expert_of_row(self) -> Tensor:
         """``[N]`` int64: the expert of each row, ``E`` for the rows that belong to nobody."""
@@ -139,39 +141,39 @@ def _tokens_of_rows(x_TD: Tensor, permutation: Tensor, top_k: int) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(x_TD: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(x_TD: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:
         return _tokens_of_rows(x_TD, permutation, inverse_TK.shape[1])
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (inverse_TK,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_TK,) = ctx.saved_tensors
         grad_TD = _rows_of_slots(grad_ND, inverse_TK).sum(dim=1, dtype=_accumulator(grad_ND))
         return grad_TD.to(grad_ND.dtype), None, None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(y_ND: Tensor, weights_TK: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(y_ND: Tensor, weights_TK: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:
         wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
         return torch.einsum("tkd,tk->td", rows_TKD.to(wide), weights_TK.to(wide)).to(y_ND.dtype)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y_ND, weights_TK, permutation, inverse_TK = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, weights_TK, permutation, inverse_TK = ctx.saved_tensors
         grad_y = grad_weights = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[0]:
             grad_ND = _tokens_of_rows(grad_TD, permutation, weights_TK.shape[1])
             flat = torch.cat([weights_TK.reshape(-1), weights_TK.new_zeros(1)])
             grad_y = grad_ND * flat[permutation].unsqueeze(-1).to(grad_ND.dtype)
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[1]:
             wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
             grad_weights = torch.einsum("tkd,td->tk", rows_TKD.to(wide), grad_TD.to(wide)).to(weights_TK.dtype)
         return grad_y, grad_weights, None, None

@@ -81,7 +81,8 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         self.last_routing = routing
-        return y_TD.view(x.shape)
+        y: Tensor = y_TD.view(x.shape)
+        return y
 
     def after_step(self) -> None:
         """Let the balancers that work without a loss act, once after each optimizer step."""

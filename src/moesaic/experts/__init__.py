@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from moesaic.experts import grouped, loop  # noqa: F401  (each registers its backend)
 from moesaic.experts.activations import ACTIVATIONS, Activation
-from moesaic.experts.backend import BACKENDS, Backend, available, compute, current_backend, status, use_backend
+from moesaic.experts.backend import (
+    BACKENDS,
+    Backend,
+    available,
+    compute,
+    current_backend,
+    status,
+    use_backend,
+)
 from moesaic.experts.bank import ExpertBank
 from moesaic.experts.shared import SharedExperts
 from moesaic.experts.weights import ExpertWeights

@@ -120,7 +120,9 @@ def _check(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> None:
     if x_TD.ndim != 2 or x_TD.shape[1] != width:
         raise ConfigError(f"the experts take features of shape [tokens, {width}], got {list(x_TD.shape)}")
     if x_TD.dtype != weights.up.dtype:
-        raise ConfigError(f"features are {x_TD.dtype} but the expert weights are {weights.up.dtype}: they must be alike")
+        raise ConfigError(
+            f"features are {x_TD.dtype} but the expert weights are {weights.up.dtype}: they must be alike"
+        )
     if x_TD.shape[0] != dispatch.num_tokens or weights.num_experts != dispatch.num_experts:
         raise ConfigError(
             f"the routing is for {dispatch.num_tokens} tokens and {dispatch.num_experts} experts, "

@@ -24,7 +24,9 @@ class ExpertBank(nn.Module):
         activation: a name of ``moesaic.experts.ACTIVATIONS``.
     """
 
-    def __init__(self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False) -> None:
+    def __init__(
+        self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False
+    ) -> None:
         super().__init__()
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
         self.activation = ACTIVATIONS.get(activation)

@@ -35,7 +35,7 @@ def _add_bias(h_NX: Tensor, bias_EX: Tensor | None, expert_of_row: Tensor | None
 
 
 def grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    """``[N, I]`` times, for the rows of expert e, ``w[e]`` (``[I, O]``): ``[N, O]``; differentiable, compiles as one op.
+    """``[N, I]`` times, for the rows of expert e, ``w[e]`` (``[I, O]``): ``[N, O]``; one differentiable op.
 
     Args:
         offsets_E: ``[E]`` int32, ascending ends of each expert's rows. Rows from ``offsets_E[-1]`` on give zeros.

@@ -19,7 +19,13 @@ class SharedExperts(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, d_ff: int, num_shared: int, activation: str, bias: bool, gated_output: bool = False
+        self,
+        d_model: int,
+        d_ff: int,
+        num_shared: int,
+        activation: str,
+        bias: bool,
+        gated_output: bool = False,
     ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS.get(activation)

@@ -48,8 +48,10 @@ class ExpertWeights:
         """The same weights in ``dtype``; itself where they are in it already."""
         if self.up.dtype == dtype:
             return self
-        biases = {
-            name: None if bias is None else bias.to(dtype)
-            for name, bias in (("up_bias", self.up_bias), ("down_bias", self.down_bias))
-        }
-        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype), **biases)
+        return replace(
+            self,
+            up=self.up.to(dtype),
+            down=self.down.to(dtype),
+            up_bias=None if self.up_bias is None else self.up_bias.to(dtype),
+            down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
+        )

@@ -12,7 +12,7 @@ from moesaic.errors import ConfigError
 
 
 @strict
-class MoesaicConfig(Qwen3MoeConfig):  # type: ignore[misc]
+class MoesaicConfig(Qwen3MoeConfig):
     """Qwen3-MoE's configuration (attention, RoPE, vocabulary, which layers are sparse) with our layer's settings.
 
     ``hidden_size``, ``moe_intermediate_size``, ``num_experts`` and ``num_experts_per_tok`` keep transformers' names;
@@ -25,8 +25,9 @@ class MoesaicConfig(Qwen3MoeConfig):  # type: ignore[misc]
     """
 
     model_type = "moesaic"
-    base_model_tp_plan = None  # moesaic.parallelize places experts, not transformers' plans for Qwen3-MoE's names
-    base_model_ep_plan = None
+    # Qwen3-MoE's plans name parameters that this model does not have.
+    base_model_tp_plan = {}  # noqa: RUF012
+    base_model_ep_plan = {}  # noqa: RUF012
 
     router: str = "softmax_topk"
     router_options: dict[str, Any] | None = None
@@ -41,10 +42,12 @@ class MoesaicConfig(Qwen3MoeConfig):  # type: ignore[misc]
     def __post_init__(self, **kwargs: Any) -> None:
         self.router_options = self.router_options or {}
         self.balancing = self.balancing or {}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if getattr(self, "head_dim", None) is None and self.hidden_size % heads:
-            raise ConfigError(f"hidden_size (d_model) is {self.hidden_size}: num_attention_heads = {heads} must divide it")
+            raise ConfigError(
+                f"hidden_size (d_model) is {self.hidden_size}: num_attention_heads = {heads} must divide it"
+            )
         if heads % kv_heads:
             raise ConfigError(f"num_attention_heads is {heads}: num_key_value_heads = {kv_heads} must divide it")
         self.moe_config()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesaic.errors import UnsupportedError
+from moesaic.errors import CheckpointError, UnsupportedError
 from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.load import load_model
 from moesaic.hf.modeling import MoesaicForCausalLM
 
 # Our parameter names, and Qwen3-MoE's for the same tensors.
@@ -23,7 +28,7 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     Raises:
         UnsupportedError: where a setting has no counterpart there; the message names every such setting.
     """
-    config: MoesaicConfig = model.config
+    config: Any = model.config
     if reasons := obstacles(config):
         raise UnsupportedError(f"this model cannot be written as Qwen3-MoE: {'; '.join(reasons)}")
     plain = {key: value for key, value in config.to_dict().items() if key in Qwen3MoeConfig().to_dict()}
@@ -40,7 +45,8 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     exported.tie_weights()
     exported.model.rotary_emb = model.model.rotary_emb  # its frequencies are computed, not stored
     exported.generation_config = model.generation_config
-    return exported.eval()
+    exported.eval()
+    return exported
 
 
 def obstacles(config: MoesaicConfig) -> list[str]:
@@ -52,7 +58,9 @@ def obstacles(config: MoesaicConfig) -> list[str]:
         ("num_shared_experts", config.num_shared_experts, 0),
         ("capacity_factor", config.capacity_factor, 0.0),
     ]
-    reasons = [f"{name} is {value!r}, only {allowed!r} is possible" for name, value, allowed in checks if value != allowed]
+    reasons = [
+        f"{name} is {value!r}, only {allowed!r} is possible" for name, value, allowed in checks if value != allowed
+    ]
     if config.hidden_act != "silu" and config.mlp_only_layers:
         reasons.append(f"hidden_act of the dense layers is {config.hidden_act!r}, only 'silu' is possible")
     return reasons
@@ -63,3 +71,30 @@ def _renamed(name: str) -> str:
         if name.endswith(ours):
             return name.removesuffix(ours) + theirs
     return name
+
+
+def export_folder(path: str | Path, out: str | Path) -> Path:
+    """Load our model or run at ``path``, and write it with its tokenizer as a Qwen3-MoE folder at ``out``.
+
+    The folder appears when it is complete, or not at all.
+
+    Raises:
+        CheckpointError: where ``path`` cannot be read, or ``out`` exists already.
+        UnsupportedError: where the model is not ours, or a setting has no counterpart.
+    """
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{str(out)!r} exists already: give a folder that does not")
+    model, tokenizer = load_model(path, device="cpu")
+    if not isinstance(model, MoesaicForCausalLM):
+        raise UnsupportedError(
+            f"{str(path)!r} holds a {type(model).__name__}; only a MoesaicForCausalLM can be exported"
+        )
+    exported = export_qwen3_moe(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch) / out.name
+        exported.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folder.rename(out)
+    return out

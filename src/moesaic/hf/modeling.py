@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRMSNorm,
     Qwen3MoeRotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ExpertBank
@@ -31,20 +31,23 @@ from moesaic.routing import Router
 # experts, most of the model's memory, only for us to throw them away.
 
 
-class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):  # type: ignore[misc]
+class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
     """Attention and norms of Qwen3-MoE; the feed-forward is :class:`moesaic.MoE`, or dense where the config says so."""
 
     def __init__(self, config: MoesaicConfig, layer_idx: int) -> None:
         super(Qwen3MoeDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
-        sparse = layer_idx not in config.mlp_only_layers and (layer_idx + 1) % config.decoder_sparse_step == 0
-        self.mlp = MoE(config.moe_config()) if sparse else Qwen3MoeMLP(config, config.intermediate_size)
+        self.mlp: nn.Module  # type: ignore[assignment]
+        if layer_idx in (config.mlp_only_layers or []) or (layer_idx + 1) % config.decoder_sparse_step:
+            self.mlp = Qwen3MoeMLP(config, config.intermediate_size)
+        else:
+            self.mlp = MoE(config.moe_config())
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):  # type: ignore[misc]
+class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
     """Initialization, and what may be recorded of a forward."""
 
     config_class = MoesaicConfig
@@ -60,10 +63,10 @@ class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):  # type: ignore[misc]
         elif isinstance(module, MoE):
             module.slot_counts.zero_()
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
 
 
-class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):  # type: ignore[misc]
+class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):
     """The decoder without its head; forward, KV cache and masks are Qwen3-MoE's."""
 
     def __init__(self, config: MoesaicConfig) -> None:
@@ -75,10 +78,10 @@ class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):  # type: ignore[misc]
         self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
-class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):  # type: ignore[misc]
+class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
     """A decoder-only language model with moesaic's MoE layers; generation, saving and checkpointing are inherited."""
 
     def __init__(self, config: MoesaicConfig) -> None:
@@ -88,9 +91,9 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):  # type: 
         self.num_experts = config.num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -104,13 +107,13 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):  # type: 
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the layers' balancing losses, and in ``loss`` where labels are.
+        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the balancing losses, and in ``loss`` where labels are.
 
         Args:
             input_ids: ``[B, S]`` int64. labels: ``[B, S]``, -100 where there is no loss; shifted inside.
             output_router_logits: also return each MoE layer's gate logits, ``[B·S, E]`` float32.
         """
-        outputs = super().forward(
+        outputs: MoeCausalLMOutputWithPast = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -125,18 +128,23 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):  # type: 
         )
         layers = moe_layers(self)
         if layers:
-            outputs.aux_loss = torch.stack([layer.aux_loss.to(outputs.logits.device) for layer in layers]).sum()
+            outputs.aux_loss = torch.stack([layer.aux_loss.to(self.device) for layer in layers]).sum()
         if outputs.loss is not None and outputs.aux_loss is not None:
             outputs.loss = outputs.loss + outputs.aux_loss
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if wanted:
-            outputs.router_logits = tuple(layer.last_routing.logits for layer in layers if layer.last_routing)
+            outputs.router_logits = tuple(  # type: ignore[assignment]
+                layer.last_routing.logits for layer in layers if layer.last_routing
+            )
         return outputs
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
     ) -> None:
         """Transformers' own; the re-entrant variant is refused: it would lose the gradients of the balancing losses."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
             raise UnsupportedError("gradient checkpointing with use_reentrant=True would lose the gradient of aux_loss")
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)

@@ -80,7 +80,9 @@ class BiasUpdate(Balancer):
     @staticmethod
     def check(router: type[Router]) -> None:
         if "selection_bias" not in getattr(router, "__annotations__", {}):
-            raise ConfigError(f"the balancer 'bias_update' needs a router with a selection_bias; {router.__name__} has none")
+            raise ConfigError(
+                f"the balancer 'bias_update' needs a router with a selection_bias; {router.__name__} has none"
+            )
 
 
 def mean_over_routed(values_TX: Tensor, routing: Routing) -> Tensor:

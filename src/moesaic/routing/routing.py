@@ -17,7 +17,7 @@ class Routing:
             the id that follows the last expert, ``E``.
         weights: ``[T, K]`` floating point, the factor of each expert's output in the sum; 0 in a null slot.
         scores: ``[T, E]`` float32, the router's whole distribution: what balancing losses and reports read.
-        logits: ``[T, E]`` float32, the scores before their activation, where the router has them (the z-loss needs them).
+        logits: ``[T, E]`` float32, the scores before their activation, where there are such (the z-loss needs them).
         dropped: int64 scalar, how many slots lost their expert to a capacity limit.
     """
 

@@ -45,7 +45,9 @@ class SigmoidTopK(Router):
         if num_groups < 1 or num_experts % num_groups:
             raise ConfigError(f"num_groups is {num_groups}: it must divide num_experts = {num_experts}")
         if not 1 <= top_groups <= num_groups:
-            raise ConfigError(f"top_groups is {top_groups}: it must be at least 1 and at most num_groups = {num_groups}")
+            raise ConfigError(
+                f"top_groups is {top_groups}: it must be at least 1 and at most num_groups = {num_groups}"
+            )
         self.normalize, self.scale = normalize, scale
         self.num_groups, self.top_groups = num_groups, top_groups
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
@@ -55,7 +57,9 @@ class SigmoidTopK(Router):
         top_k = super().slots(top_k)
         reachable = self.num_experts // self.num_groups * self.top_groups
         if top_k > reachable:
-            raise ConfigError(f"top_k is {top_k}, but top_groups = {self.top_groups} leave {reachable} experts to choose")
+            raise ConfigError(
+                f"top_k is {top_k}, but top_groups = {self.top_groups} leave {reachable} experts to choose"
+            )
         return top_k
 
     def forward(self, x_TD: Tensor, top_k: int | None = None) -> Routing:

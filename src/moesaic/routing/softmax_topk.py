@@ -10,7 +10,7 @@ from moesaic.routing.routing import Routing
 
 @ROUTERS.register("softmax_topk")
 class SoftmaxTopK(Router):
-    """Top-k routing after a softmax over all experts (Switch Transformers, section 2.1, extended to k > 1 as in GShard).
+    """Top-k routing after a softmax over all experts (Switch Transformers, section 2.1, with k > 1 as in GShard).
 
     Args:
         normalize: divide the K weights by their sum, so that they sum to 1 (Mixtral, Qwen3-MoE with
