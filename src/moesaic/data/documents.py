@@ -57,7 +57,7 @@ class Corpus:
         return sorted({document.domain for document in self.documents})
 
     def extend(self, items: Iterable[Document | Skipped]) -> None:
-        """Take documents and skipped files in; a text that is here already (white space aside) only counts."""
+        """Take in documents and skipped files; a copy of a text (white space aside) is only counted."""
         seen = {text_digest(document.text) for document in self.documents}
         for item in items:
             if isinstance(item, Skipped):
@@ -74,3 +74,12 @@ class Corpus:
 def text_digest(text: str) -> bytes:
     """128 bits that two texts share when they differ in white space only."""
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+
+
+def name_position(name: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for a name: an order of documents that no other document
+    changes.
+    """
+    # File names need not be valid Unicode.
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53

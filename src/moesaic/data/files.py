@@ -89,9 +89,7 @@ def _read_parquet(file: SourceFile) -> Iterator[Document | Skipped]:
         parquet: Any = importlib.import_module("pyarrow.parquet")
         arrow: Any = importlib.import_module("pyarrow")
     except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {file.path} needs pyarrow: pip install 'moesaic[parquet]'"
-        ) from error
+        raise MissingDependencyError(f"reading {file.path} needs pyarrow: pip install 'moesaic[parquet]'") from error
     faults = _Faults(file)
     number = 0
     try:

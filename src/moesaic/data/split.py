@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 
-from moesaic.data.documents import Corpus, Document
+from moesaic.data.documents import Corpus, Document, name_position
 from moesaic.errors import ConfigError
 
 
-def split_corpus(
-    corpus: Corpus, validation_fraction: float = 0.05
-) -> tuple[list[Document], list[Document]]:
+def split_corpus(corpus: Corpus, validation_fraction: float = 0.05) -> tuple[list[Document], list[Document]]:
     """Split into (train, validation), each sorted by domain and name.
 
     A file goes to validation when the hash of its name falls under ``validation_fraction``: the order of the
@@ -35,21 +32,15 @@ def split_corpus(
             train += head
             validation += tail
             continue
-        held_out = {d.name for d in documents if _position(d.file) < validation_fraction}
+        held_out = {d.name for d in documents if name_position(d.file) < validation_fraction}
         if not held_out or len(held_out) == len(documents):
             # The whole name tells apart the documents that one file gave.
-            ranked = sorted(documents, key=lambda d: (_position(d.file), _position(d.name), d.name))
+            ranked = sorted(documents, key=lambda d: (name_position(d.file), name_position(d.name), d.name))
             moved = ranked[0] if not held_out else ranked[-1]
             held_out ^= {moved.name}
         train += [d for d in documents if d.name not in held_out]
         validation += [d for d in documents if d.name in held_out]
     return train, validation
-
-
-def _position(name: str) -> float:
-    """A fixed pseudo-random number in [0, 1) for a name."""
-    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def _cut(document: Document, validation_fraction: float) -> tuple[list[Document], list[Document]]:

@@ -1,7 +1,8 @@
 """The default corpus: the standard library of the running Python, as the domains ``code`` and ``prose``.
 
-``code`` is the sources without their docstrings; ``prose`` is the help topics and the docstrings. So no text is in
-both domains, and a domain is one kind of text. Nothing is downloaded, and one Python always gives one corpus.
+``code`` is the sources without their docstrings; ``prose`` is the help topics and the docstrings. So no text
+is in both domains, and a domain is one kind of text. Nothing is downloaded, and one Python always gives one
+corpus.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ LEFT_OUT = {
 
 # Written in C, so their docstrings are in no source file. Each imports without side effects; one that this
 # interpreter lacks is passed over.
-BUILT_IN = (
-    "_asyncio _bisect _bz2 _collections _contextvars _csv _ctypes _curses _datetime _decimal _functools _hashlib "
-    "_heapq _io _json _lzma _operator _pickle _queue _random _signal _socket _sqlite3 _ssl _struct _thread "
-    "_tracemalloc _weakref array atexit binascii builtins cmath errno fcntl gc grp itertools marshal math mmap "
-    "posix pwd pyexpat resource select sys termios time unicodedata zlib"
-).split()
+BUILT_IN = """
+    _asyncio _bisect _bz2 _collections _contextvars _csv _ctypes _curses _datetime _decimal _functools
+    _hashlib _heapq _io _json _lzma _operator _pickle _queue _random _signal _socket _sqlite3 _ssl _struct
+    _thread _tracemalloc _weakref array atexit binascii builtins cmath errno fcntl gc grp itertools marshal
+    math mmap posix pwd pyexpat resource select sys termios time unicodedata zlib
+"""
 
 SHORTEST_DOCSTRING = 120
 """Characters. Shorter ones say little more than the name ("Return the size.") and have no context."""
@@ -81,7 +82,8 @@ def find_library(root: Path | None = None) -> list[SourceFile]:
 def read_library(source_files: Sequence[SourceFile]) -> Iterator[Document | Skipped]:
     """Code and prose documents of the files that :func:`find_library` found, and of what has no file."""
     written = Paragraphs()
-    # Topics first, the longest first: a long one contains short ones whole, and should not be left with holes.
+    # Topics first, the longest first: a long one contains short ones whole, and should not be left with
+    # holes.
     for name, text in sorted(_help_topics().items(), key=lambda topic: (-len(topic[1]), topic[0])):
         if fresh := written.fresh(text):
             yield Document(PROSE, f"help/{name}", fresh)
@@ -95,7 +97,7 @@ def read_library(source_files: Sequence[SourceFile]) -> Iterator[Document | Skip
             yield Skipped(str(file.path), str(error))
         else:
             yield from _read_module(file.name, source, module, written)
-    for name in BUILT_IN:
+    for name in BUILT_IN.split():
         try:
             built_in = importlib.import_module(name)
         except ImportError:
