@@ -1,0 +1,43 @@
+# Everything runs inside .venv, which `make setup` makes and keeps up to date.
+#   PYTHON=...  the Python that .venv is made with (3.11 or newer)
+#   TORCH=...   system: the torch that PYTHON already has; or a wheel or requirement for pip (see scripts/make_venv.py)
+#   OUT=...     where `make demo` writes
+#   WORKERS=... processes that run the tests
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+OUT ?= runs/demo
+WORKERS ?= 2
+RUN := .venv/bin/python
+export TORCH
+
+.PHONY: setup demo test test-slow lint docs clean
+
+setup:
+	@$(PYTHON) scripts/make_venv.py
+
+demo: setup
+	$(RUN) -m moesaic train recipes/demo.toml out=$(OUT)
+	$(RUN) -m moesaic eval $(OUT)
+	$(RUN) -m moesaic generate $(OUT) --prompt "def "
+	$(RUN) -m moesaic inspect $(OUT)
+
+# One thread a process: the processes already fill the cores, and results stay the same from machine to machine.
+test test-slow: export OMP_NUM_THREADS = 1
+
+test: setup
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: setup
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+lint: setup
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+docs:
+	@$(PYTHON) scripts/make_venv.py docs
+	$(RUN) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site src/*.egg-info
