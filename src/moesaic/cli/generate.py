@@ -1,0 +1,39 @@
+"""``moesaic generate``: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model folder, or the folder of a training run.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the K most probable tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens with this much probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the best one's probability.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Format the prompt by the model's chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+) -> None:
+    """Continue a prompt with our model or any causal language model of transformers on disk."""
+    from moesaic.cli.output import print_json
+    from moesaic.hf.generation import Sampling, generate
+    from moesaic.hf.load import load_model
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded, tokenizer = load_model(model)
+    if as_json:
+        print_json(asdict(generate(loaded, tokenizer, text, sampling, chat=chat)))
+        return
+    if not chat:
+        print(text, end="", flush=True)
+    generate(loaded, tokenizer, text, sampling, chat=chat, on_text=lambda piece: print(piece, end="", flush=True))
+    print()

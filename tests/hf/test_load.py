@@ -1,0 +1,190 @@
+"""Loading model folders, generation settings and export: what works, and what every damaged folder says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, PreTrainedTokenizerFast
+
+import moesaic
+from moesaic.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from moesaic.hf.export import export_folder
+from moesaic.hf.generation import Sampling, generate
+from moesaic.hf.load import load_model, model_folder
+
+VOCABULARY = 64
+
+
+def tiny_config(**changes: object) -> moesaic.MoesaicConfig:
+    settings: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 48,
+        "eos_token_id": 0,
+    }
+    return moesaic.MoesaicConfig(**(settings | changes))
+
+
+def byte_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    vocabulary = {"<eos>": 0} | {chr(33 + i): i for i in range(1, size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "ours"
+    torch.manual_seed(0)
+    moesaic.MoesaicForCausalLM(tiny_config()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "broken"))
+
+
+def test_a_model_and_a_run_folder_load_alike(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run" / "model")
+    assert model_folder(tmp_path / "run") == tmp_path / "run" / "model"
+    ids = torch.arange(1, 9).unsqueeze(0)
+    first, _ = load_model(saved)
+    second, _ = load_model(tmp_path / "run")
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert not first.training
+
+
+def test_a_transformers_moe_and_a_dense_model_load(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    mixtral = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads, num_local_experts=4))
+    for name, model in (("mixtral", mixtral), ("llama", LlamaForCausalLM(LlamaConfig(**sizes, **heads)))):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        loaded, _ = load_model(tmp_path / name, dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+    assert load_model(tmp_path / "mixtral")[0].config._experts_implementation == "moesaic"
+
+
+def cut(path: Path, keep: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "there is no model folder"),
+        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "the configuration in .* cannot be read"),
+        (lambda f: edit_config(f, model_type="nonsense"), "the configuration in .* cannot be read"),
+        (lambda f: edit_config(f, num_experts_per_tok=9), "top_k is 9"),
+        (lambda f: edit_config(f, hidden_size=32), "the weights in .* cannot be loaded|do not match"),
+        (lambda f: edit_config(f, num_hidden_layers=3), "do not match their configuration: missing keys"),
+        (lambda f: cut(f / "model.safetensors", 0.5), "the weights in .* cannot be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "the weights in .* cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("[]"), "the tokenizer in .* cannot be read"),
+        (lambda f: byte_tokenizer(VOCABULARY + 5).save_pretrained(f), "does not fit the model: its highest token id is 68"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_line(broken: Path, damage: object, message: str) -> None:
+    damage(broken)  # type: ignore[operator]
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        load_model(broken)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has not finished"):
+        model_folder(tmp_path)
+
+
+def test_generation_streams_what_it_returns_and_follows_the_seed(saved: Path) -> None:
+    model, tokenizer = load_model(saved)
+    pieces: list[str] = []
+    first = generate(model, tokenizer, "ABC", Sampling(max_new_tokens=12), on_text=pieces.append)
+    second = generate(model, tokenizer, "ABC", Sampling(max_new_tokens=12))
+    other = generate(model, tokenizer, "ABC", Sampling(max_new_tokens=12, seed=1))
+    assert first.text == second.text != other.text
+    assert "".join(pieces).replace(" ", "") == first.text.replace(" ", "")
+    assert first.prompt_tokens == 3
+    assert first.new_tokens == 12 or first.finish_reason == "stop"
+
+
+def test_greedy_generation_is_the_argmax(saved: Path) -> None:
+    model, tokenizer = load_model(saved)
+    made = generate(model, tokenizer, "ABC", Sampling(max_new_tokens=4, temperature=0))
+    ids = torch.tensor([tokenizer("ABC")["input_ids"]])
+    for _ in range(made.new_tokens):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert made.text == tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
+
+
+def test_an_empty_prompt_starts_a_text(saved: Path) -> None:
+    assert generate(*load_model(saved), "", Sampling(max_new_tokens=2)).prompt_tokens == 1
+
+
+def test_a_prompt_beyond_the_context_is_refused(saved: Path) -> None:
+    with pytest.raises(DataError, match="at most 48"):
+        generate(*load_model(saved), "A" * 40, Sampling(max_new_tokens=9))
+
+
+def test_chat_without_a_template_is_refused(saved: Path) -> None:
+    with pytest.raises(ConfigError, match="chat template"):
+        generate(*load_model(saved), "A", Sampling(), chat=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_sampling_settings_out_of_range(wrong: dict[str, float]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"{name} is .* it must be"):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_export_writes_a_whole_folder_or_none(saved: Path, tmp_path: Path) -> None:
+    folder = export_folder(saved, tmp_path / "qwen")
+    ids = torch.arange(1, 9).unsqueeze(0)
+    ours, _ = load_model(saved)
+    theirs, tokenizer = load_model(folder)
+    assert type(theirs).__name__ == "Qwen3MoeForCausalLM"
+    assert tokenizer.eos_token == "<eos>"
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_folder(saved, folder)
+    with pytest.raises(UnsupportedError, match="only a MoesaicForCausalLM"):
+        export_folder(folder, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen"]
