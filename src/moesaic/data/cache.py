@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,8 +21,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from moesaic.errors import DataError
 
@@ -64,15 +63,16 @@ class Cache:
 
         Raises :class:`DataError` when the disk is full or not writable; nothing half-made is left then.
         """
-        with self.lock(key):
+        with self.lock(key) as is_alone:
             about = self.open(key)
             if about is not None:
                 return about
-            with self._explained():
+            if is_alone:
                 self._sweep(key)
-                entry = self.entry(key)
-                entry.parent.mkdir(parents=True, exist_ok=True)
-                making = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=entry.parent))
+            with self._explained():
+                folder = self.entry(key).parent
+                folder.mkdir(parents=True, exist_ok=True)
+                making = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=folder))
             try:
                 with self._explained():
                     about = write(making)
@@ -104,26 +104,30 @@ class Cache:
                 Path(temporary).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Wait until no other process holds ``key``. It is let go when its holder ends, however it ends."""
+    def lock(self, key: str) -> Iterator[bool]:
+        """Wait until no other process holds ``key``. It is let go when its holder ends, however it ends.
+
+        Gives False, and holds nothing, on a file system that has no locks.
+        """
         with self._explained():
             path = self.folder / "locks" / f"{key}.lock"
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+            file = path.open("ab")
+        with file:
+            is_held = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                is_held = False
+            yield is_held
 
     def _note(self, scan: str) -> Path:
         return self.folder / "scans" / f"{scan}.json"
 
     def _publish(self, making: Path, key: str) -> None:
         entry = self.entry(key)
-        if entry.exists():
-            # Damaged, or it would have been used: out of the way first, because a rename does not replace
-            # folders.
+        if entry.exists() and self.open(key) is None:
+            # Out of the way first, because a rename does not replace a folder that holds something.
             grave = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=entry.parent))
             os.rename(entry, grave / "damaged")
             shutil.rmtree(grave, ignore_errors=True)

@@ -91,26 +91,25 @@ def _read_parquet(file: SourceFile) -> Iterator[Document | Skipped]:
     except ImportError as error:
         raise MissingDependencyError(f"reading {file.path} needs pyarrow: pip install 'moesaic[parquet]'") from error
     faults = _Faults(file)
-    number = 0
     try:
         with parquet.ParquetFile(file.path) as table:
             if FIELD not in table.schema_arrow.names:
-                yield Skipped(str(file.path), f"no column {FIELD!r}")
-                return
-            for batch in table.iter_batches(columns=[FIELD]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    try:
-                        text = _usable(value)
-                    except ValueError as error:
-                        faults.add(number, str(error))
-                    else:
-                        yield Document(file.domain, f"{file.name}#{number}", text)
+                raise ValueError(f"no column {FIELD!r}")
+            if table.metadata.num_rows == 0:
+                raise ValueError("empty")
+            values = (value for batch in table.iter_batches(columns=[FIELD]) for value in batch.column(0))
+            for number, value in enumerate(values, start=1):
+                try:
+                    text = _usable(value.as_py())
+                except ValueError as error:
+                    faults.add(number, str(error))
+                else:
+                    yield Document(file.domain, f"{file.name}#{number}", text)
     except arrow.ArrowException as error:
         yield Skipped(str(file.path), f"not a readable parquet file ({str(error).splitlines()[0]})")
+    except ValueError as error:
+        yield Skipped(str(file.path), str(error))
     yield from faults.skipped()
-    if number == 0:
-        yield Skipped(str(file.path), "empty")
 
 
 def _usable(text: object) -> str:

@@ -39,6 +39,9 @@ found.
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids [n], uint16 or uint32, memory-mapped and read-only."""
 
+RACY_NS = 2_000_000_000
+"""Nanoseconds. Times of file systems tick every few milliseconds, on some every two seconds."""
+
 TOKENIZER = "tokenizer.json"
 SIDES = ("train", "validation")
 
@@ -149,7 +152,7 @@ def _scan_key(files: Sequence[SourceFile], settings: Mapping[str, object]) -> tu
         digest.update(
             repr((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_mode)).encode()
         )
-    return digest.hexdigest(), newest < now - 2_000_000_000
+    return digest.hexdigest(), newest < now - RACY_NS
 
 
 def _content_key(corpus: Corpus, settings: Mapping[str, object]) -> str:
