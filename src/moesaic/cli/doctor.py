@@ -1,0 +1,57 @@
+"""``moesaic doctor``: what this machine can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moesaic.hardware import Cpu, Device, Speed
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this machine can do: versions, CPU, devices, expert backends, and how fast it measures."""
+    from moesaic import hardware
+    from moesaic.cli.output import print_json, print_table
+    from moesaic.experts import status
+
+    versions, cpu, devices, backends = hardware.versions(), hardware.cpu(), hardware.devices(), status()
+    speeds = [hardware.measure(device.device) for device in devices]
+    if as_json:
+        print_json(
+            {
+                "versions": versions,
+                "cpu": cpu,
+                "devices": devices,
+                "measured": speeds,
+                "backends": {name: {"available": not why, "reason": why} for name, why in backends.items()},
+            }
+        )
+        return
+    print_table("Versions", [], [(name, version or "not installed") for name, version in versions.items()])
+    print_table("CPU", [], _cpu_rows(cpu))
+    for device, speed in zip(devices, speeds, strict=True):
+        print_table(f"{device.device}: {device.name}", [], _device_rows(device, speed))
+    rows = [(name, f"not here: {why}" if why else "available") for name, why in backends.items()]
+    print_table("Expert backends", [], rows)
+
+
+def _cpu_rows(cpu: Cpu) -> list[tuple[str, str]]:
+    return [
+        ("model", f"{cpu.model} ({cpu.architecture})"),
+        ("cores", f"usable {cpu.cores}; PyTorch uses {cpu.threads} threads"),
+        ("features", " ".join(cpu.features) or "unknown"),
+        ("PyTorch kernels", cpu.capability),
+    ]
+
+
+def _device_rows(device: Device, speed: Speed) -> list[tuple[str, str]]:
+    rates = [(f"matmul {dtype}", f"{rate / 1e9:,.0f} GFLOP/s") for dtype, rate in speed.matmul_flop_per_second.items()]
+    return [
+        ("memory", f"{device.memory / 2**30:.1f} GiB"),
+        ("streaming read", f"{speed.read_bytes_per_second / 1e9:.1f} GB/s"),
+        *rates,
+    ]
