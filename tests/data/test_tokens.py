@@ -311,7 +311,7 @@ def test_large_files_are_checked_in_places(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_full_at(name: str, monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOSPC) -> Iterator[None]:
-    """Writing to a file whose name begins with ``name`` fails after its first bytes."""
+    """Writing to a file with ``name`` in its name fails after its first bytes."""
 
     class Full(io.FileIO):
         def write(self, data: Any) -> int:
@@ -321,7 +321,7 @@ def disk_full_at(name: str, monkeypatch: pytest.MonkeyPatch, number: int = errno
     original = Path.open
 
     def open_(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if path.name.startswith(name) and "w" in mode:
+        if name in path.name and "w" in mode:
             raw = Full(str(path), "wb")
             return raw if "b" in mode else io.TextIOWrapper(raw, write_through=True)
         return original(path, mode, *args, **kwargs)
@@ -341,6 +341,16 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     assert "MOESAIC_CACHE" in str(caught.value)
     assert entries(cache_dir) == []
     assert not (cache_dir / "scans").exists()
+    assert small(sources, cache_dir).domains == ["code", "prose"]
+
+
+@pytest.mark.usefixtures("work")
+def test_a_disk_that_fills_at_the_very_end(
+    sources: list[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with disk_full_at(".json.making", monkeypatch), pytest.raises(DataError, match="no space left"):
+        small(sources, cache_dir)
+    assert list((cache_dir / "scans").iterdir()) == []
     assert small(sources, cache_dir).domains == ["code", "prose"]
 
 

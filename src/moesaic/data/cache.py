@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,7 @@ class Cache:
         return dict(about)
 
     def build(self, key: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """The entry ``key``, made by ``write(folder)`` unless a good one is there; returns what is said about
-        it.
+        """Make the entry ``key`` by ``write(folder)`` unless a good one is there; returns what ``write`` said.
 
         Raises :class:`DataError` when the disk is full or not writable; nothing half-made is left then.
         """
@@ -70,9 +69,9 @@ class Cache:
             if is_alone:
                 self._sweep(key)
             with self._explained():
-                folder = self.entry(key).parent
-                folder.mkdir(parents=True, exist_ok=True)
-                making = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=folder))
+                self.entry(key).parent.mkdir(parents=True, exist_ok=True)
+                making = _unused(self.entry(key))
+                making.mkdir()
             try:
                 with self._explained():
                     about = write(making)
@@ -95,13 +94,13 @@ class Cache:
         with self._explained():
             path = self._note(scan)
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f"{scan}.making-", dir=path.parent)
+            making = _unused(path)
             try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                with making.open("w", encoding="utf-8") as file:
                     json.dump(note, file)
-                os.replace(temporary, path)
+                making.replace(path)
             finally:
-                Path(temporary).unlink(missing_ok=True)
+                making.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[bool]:
@@ -128,11 +127,10 @@ class Cache:
         entry = self.entry(key)
         if entry.exists() and self.open(key) is None:
             # Out of the way first, because a rename does not replace a folder that holds something.
-            grave = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=entry.parent))
-            os.rename(entry, grave / "damaged")
-            shutil.rmtree(grave, ignore_errors=True)
+            damaged = entry.rename(_unused(entry))
+            shutil.rmtree(damaged, ignore_errors=True)
         try:
-            os.rename(making, entry)
+            making.rename(entry)
         except OSError as error:
             # On a file system without locks another process may have come first; its entry is as good.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or self.open(key) is None:
@@ -155,6 +153,11 @@ class Cache:
                 ) from error
             reason = error.strerror or error
             raise DataError(f"cannot write the token cache in {str(self.folder)!r}: {reason}; {hint}") from error
+
+
+def _unused(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses."""
+    return path.with_name(f"{path.name}.making-{uuid.uuid4().hex}")
 
 
 def _finish(folder: Path, about: dict[str, Any]) -> None:
