@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -31,7 +30,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded, tokenizer = load_model(model)
     if as_json:
-        print_json(asdict(generate(loaded, tokenizer, text, sampling, chat=chat)))
+        print_json(generate(loaded, tokenizer, text, sampling, chat=chat))
         return
     if not chat:
         print(text, end="", flush=True)

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, MoesaicError
 
 
 def load_model(
@@ -79,7 +79,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder:
 def _read(folder: Path, what: str, read: Any) -> Any:
     try:
         return read(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except MoesaicError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception, transformers nearly everything else
         raise CheckpointError(f"the {what} in {str(folder)!r} cannot be read: {_one_line(error)}") from error
 
 
