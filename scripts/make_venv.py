@@ -47,7 +47,7 @@ def main(extras: list[str]) -> int:
     leave_own_venv()
     started = time.monotonic()
     try:
-        if sys.version_info < (3, 11):
+        if sys.version_info < (3, 11):  # noqa: UP036  (whoever calls this need not have read pyproject.toml)
             raise SetupError(f"Python 3.11 or newer is needed, {sys.executable} is {version()}: set PYTHON=")
         if is_current(read_stamp(), extras):
             return 0
@@ -233,9 +233,7 @@ def install(arguments: list[str], quiet: bool = False) -> None:
     pip = [str(VENV_PYTHON), "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", str(VENV_PYTHON)]
     # pip compiles one file at a time; compile_packages does it on all cores.
     options = ["-qq", "--no-compile", "--no-warn-conflicts", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*pip, "install", *options, *arguments], stderr=subprocess.PIPE if quiet else None, text=True
-    )
+    done = subprocess.run([*pip, "install", *options, *arguments], stderr=subprocess.PIPE if quiet else None, text=True)
     if done.returncode:
         raise SetupError(done.stderr if quiet else "pip failed (its message is above)")
 

@@ -30,7 +30,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
     table = Table(title=Text(title, "bold"), title_justify="left", box=None, show_header=bool(header))
     for index in range(len(rows[0]) if rows else len(header)):
-        is_number = bool(rows) and all(row[index].lstrip("-")[:1].isdigit() for row in rows)
+        is_number = bool(header and rows) and all(row[index].lstrip("-")[:1].isdigit() for row in rows)
         table.add_column(
             Text(header[index] if header else ""),
             justify="right" if is_number else "left",
