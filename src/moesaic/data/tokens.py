@@ -86,8 +86,7 @@ def prepare(
     validation_fraction: float = 0.05,
     cache_dir: str | Path | None = None,
 ) -> TokenData:
-    """Read, split and tokenize ``sources`` (see :func:`load_corpus`), or open what an earlier call left on
-    disk.
+    """Read, split and tokenize ``sources`` (see :func:`load_corpus`), or open what an earlier call made.
 
     ``tokenizer`` is a folder or a name (see :func:`load_tokenizer`); None trains one of ``vocab_size``
     entries on the training documents. Documents follow each other by domain and name, each ended by the
@@ -103,10 +102,11 @@ def prepare(
     """
     cache = Cache(cache_dir)
     chosen = load_tokenizer(tokenizer) if tokenizer is not None else None
+    trained = f"{vocab_size}, tokenizers {tokenizers.__version__}"
     settings = {
         "format": FORMAT,
         "validation_fraction": validation_fraction,
-        "tokenizer": tokenizer_fingerprint(chosen) if chosen else f"{vocab_size}, tokenizers {tokenizers.__version__}",
+        "tokenizer": trained if chosen is None else tokenizer_fingerprint(chosen),
     }
     files = scan(sources)
     scan_key, is_settled = _scan_key(files, settings)
@@ -190,8 +190,10 @@ def _open(
         side, domain = part["side"], part["domain"]
         arrays[side][domain] = np.memmap(folder / part["file"], dtype=about["dtype"], mode="r")
         counts[side][domain] = Count(**part["count"])
+    if chosen is None:
+        chosen = wrap_trained(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)))
     return TokenData(
-        tokenizer=chosen or wrap_trained(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))),
+        tokenizer=chosen,
         train=arrays["train"],
         validation=arrays["validation"],
         skipped=skipped,
