@@ -74,7 +74,7 @@ def test_a_sample_takes_from_every_domain(tokenizer: PreTrainedTokenizerFast) ->
     taken = list(module._sample([*large, small], 2000))
     assert taken[0] == small.text
     assert sum(map(len, taken)) == 2000
-    trained = train_tokenizer([*large, small], 300, sample_bytes=2000)
+    trained = train_tokenizer([*large, small], 300, sample_size=2000)
     assert "seldom" in trained.get_vocab()
 
 

@@ -35,14 +35,14 @@ LONGEST_PIECE = 1_000_000
 
 
 def train_tokenizer(
-    documents: Sequence[Document], vocab_size: int = 4096, *, sample_bytes: int = 16_000_000
+    documents: Sequence[Document], vocab_size: int = 4096, *, sample_size: int = 16_000_000
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with at most ``vocab_size`` entries (fewer when the text is short).
 
     Any text comes back unchanged from ``decode(encode(text))``. ``<|endoftext|>`` (id 0) is at once the token
     that begins, ends and pads a text: a document ends with it, so what follows it begins one. No token is
     added by a call on its own. The same documents give the same tokenizer, whatever their order. Merges are
-    learned from about ``sample_bytes`` bytes, shared out evenly over the domains.
+    learned from about ``sample_size`` characters, shared out evenly over the domains.
 
     Source: "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.2, input representation.
     Raises :class:`ConfigError` for a ``vocab_size`` under 257, :class:`DataError` without documents.
@@ -68,7 +68,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(documents, sample_bytes), trainer)
+    tokenizer.train_from_iterator(_sample(documents, sample_size), trainer)
     return wrap_trained(tokenizer)
 
 
@@ -200,12 +200,12 @@ def _pieces(text: str, longest: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _sample(documents: Sequence[Document], sample_bytes: int) -> Iterator[str]:
-    """Texts of about ``sample_bytes`` in all, from every domain alike, in an order that the names give."""
+def _sample(documents: Sequence[Document], sample_size: int) -> Iterator[str]:
+    """Texts of about ``sample_size`` in all, from every domain alike, in an order that the names give."""
     domains: defaultdict[str, list[Document]] = defaultdict(list)
     for document in documents:
         domains[document.domain].append(document)
-    left = sample_bytes
+    left = sample_size
     # The smallest domain first: what it leaves of its share goes to the larger ones.
     sizes = {name: sum(len(d.text) for d in members) for name, members in domains.items()}
     for number, name in enumerate(sorted(domains, key=lambda name: (sizes[name], name))):
