@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from tests import reference
 from torch import Tensor
 
 import moesaic
 from moesaic import MoE, MoEConfig
-from tests import reference
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # the router is float32 in all of them
 BALANCING = {"load_balancing": 0.3, "z_loss": 0.2}

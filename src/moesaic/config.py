@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,8 @@ class MoEConfig:
             raise ConfigError(f"num_shared_experts is {self.num_shared_experts}: it must be at least 0")
         if self.shared_d_ff is not None and self.shared_d_ff < 1:
             raise ConfigError(f"shared_d_ff is {self.shared_d_ff}: it must be at least 1")
+        if not math.isfinite(self.capacity_factor):
+            raise ConfigError(f"capacity_factor is {self.capacity_factor}: it must be finite")
         check_top_k(self.top_k, self.num_experts)
         check_options(self.router, dict(self.router_options))
         check_balancing(self.balancing, ROUTERS.get(self.router))

@@ -126,6 +126,13 @@ def _accumulator(y: Tensor) -> torch.dtype:
     return torch.promote_types(y.dtype, torch.float32)
 
 
+def _contract(equation: str, rows_TKD: Tensor, other: Tensor) -> Tensor:
+    """The einsum in at least float32, under autocast too, which would round both factors."""
+    wide = _accumulator(rows_TKD)
+    with torch.autocast(rows_TKD.device.type, enabled=False):
+        return torch.einsum(equation, rows_TKD.to(wide), other.to(wide))
+
+
 def _tokens_of_rows(x_TD: Tensor, permutation: Tensor, top_k: int) -> Tensor:
     """``[N, D]``: the token of each row, zeros for padding rows."""
     num_tokens = x_TD.shape[0]
@@ -158,8 +165,7 @@ class _GatherRows(torch.autograd.Function):
 class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(y_ND: Tensor, weights_TK: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:
-        wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
-        return torch.einsum("tkd,tk->td", rows_TKD.to(wide), weights_TK.to(wide)).to(y_ND.dtype)
+        return _contract("tkd,tk->td", _rows_of_slots(y_ND, inverse_TK), weights_TK).to(y_ND.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -174,6 +180,6 @@ class _CombineRows(torch.autograd.Function):
             flat = torch.cat([weights_TK.reshape(-1), weights_TK.new_zeros(1)])
             grad_y = grad_ND * flat[permutation].unsqueeze(-1).to(grad_ND.dtype)
         if ctx.needs_input_grad[1]:
-            wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
-            grad_weights = torch.einsum("tkd,td->tk", rows_TKD.to(wide), grad_TD.to(wide)).to(weights_TK.dtype)
+            grad_TK = _contract("tkd,td->tk", _rows_of_slots(y_ND, inverse_TK), grad_TD)
+            grad_weights = grad_TK.to(weights_TK.dtype)
         return grad_y, grad_weights, None, None

@@ -6,6 +6,7 @@ A balancer is a class with two methods, ``loss`` and ``update``, of which it ove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -92,11 +93,13 @@ def mean_over_routed(values_TX: Tensor, routing: Routing) -> Tensor:
 
 
 def check_balancing(balancing: Mapping[str, float], router: type[Router]) -> None:
-    """Refuse unknown balancers, negative coefficients, and balancers that do not go with the router."""
+    """Refuse unknown balancers, coefficients that are negative or not finite, and balancers that do not go with the router."""
     for name, coefficient in balancing.items():
         BALANCERS.get(name).check(router)
-        if coefficient < 0:
-            raise ConfigError(f"the coefficient of balancer {name!r} is {coefficient}: it must be at least 0")
+        if not (math.isfinite(coefficient) and coefficient >= 0):
+            raise ConfigError(
+                f"the coefficient of balancer {name!r} is {coefficient}: it must be finite and at least 0"
+            )
 
 
 def balance_loss(routing: Routing, balancing: Mapping[str, float]) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moesaic.errors import ConfigError
 from moesaic.routing.routing import Routing
 
 
@@ -16,7 +17,12 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
 
     Tutel: Adaptive Mixture-of-Experts at Scale, section 4.1 (dynamic capacity); the sign of the factor is read by
     :func:`limit_capacity` and by the layer.
+
+    Raises:
+        ConfigError: for a factor that is not finite.
     """
+    if not math.isfinite(factor):
+        raise ConfigError(f"capacity_factor is {factor}: it must be finite")
     return math.ceil(abs(factor) * num_tokens * top_k / num_experts)
 
 

@@ -1,0 +1,96 @@
+"""Capacity: who is served, who is dropped, and that it is counted."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests import reference
+
+from moesaic.errors import ConfigError
+from moesaic.routing import Routing, expert_capacity, limit_capacity
+
+
+def routing_of(ids: list[list[int]], num_experts: int) -> Routing:
+    expert_ids = torch.tensor(ids, dtype=torch.int64).reshape(len(ids), -1)
+    weights = torch.rand(expert_ids.shape).masked_fill(expert_ids >= num_experts, 0.0)
+    return Routing(expert_ids, weights, torch.rand(len(ids), num_experts))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "factor", "capacity"),
+    [
+        (8, 2, 4, 1.0, 4),
+        (8, 2, 4, 1.25, 5),
+        (7, 2, 4, 1.0, 4),
+        (8, 2, 4, -0.5, 2),
+        (0, 2, 4, 1.0, 0),
+        (1, 1, 64, 1.0, 1),
+    ],
+)
+def test_expert_capacity(tokens: int, top_k: int, experts: int, factor: float, capacity: int) -> None:
+    assert expert_capacity(tokens, top_k, experts, factor) == capacity
+
+
+def test_first_choices_go_before_second_ones() -> None:
+    # Expert 0 has room for two: the later token's first choice is served before the earlier token's second one.
+    routing = limit_capacity(routing_of([[1, 0], [0, 1], [0, 2], [2, 0]], 3), factor=0.75)
+    assert routing.expert_ids.tolist() == [[1, 3], [0, 1], [0, 2], [2, 3]]
+    assert int(routing.dropped) == 2
+
+
+def test_earlier_tokens_go_before_later_ones() -> None:
+    routing = limit_capacity(routing_of([[0]] * 6, 3), factor=1.0)
+    assert routing.expert_ids[:, 0].tolist() == [0, 0, 3, 3, 3, 3]
+    assert int(routing.dropped) == 4
+
+
+def test_the_weights_that_remain_do_not_change() -> None:
+    before = routing_of([[0, 1], [0, 2], [0, 1]], 3)
+    after = limit_capacity(before, factor=0.5)
+    kept = after.expert_ids < 3
+    assert torch.equal(after.weights[kept], before.weights[kept])
+    assert (after.weights[~kept] == 0).all()
+
+
+def test_dropless_counts_nothing() -> None:
+    routing = routing_of([[0], [0]], 2)
+    assert limit_capacity(routing, 0.0) is routing
+
+
+def test_null_slots_take_no_room_and_are_not_counted_as_dropped() -> None:
+    routing = limit_capacity(routing_of([[2, 2], [2, 2], [0, 1], [0, 1]], 2), factor=0.5)  # room for two
+    assert routing.expert_ids.tolist() == [[2, 2], [2, 2], [0, 1], [0, 1]]
+    assert int(routing.dropped) == 0
+
+
+@st.composite
+def slots(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    """Expert ids for at most 12 tokens, null slots among them, and the number of experts."""
+    experts, top_k = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    row = st.lists(st.integers(0, experts), min_size=top_k, max_size=top_k)
+    return draw(st.lists(row, min_size=1, max_size=12)), experts
+
+
+@given(case=slots(), factor=st.floats(0.01, 4.0) | st.floats(-4.0, -0.01))
+def test_agrees_with_serving_one_slot_after_the_other(case: tuple[list[list[int]], int], factor: float) -> None:
+    rows, experts = case
+    routing = routing_of(rows, experts)
+    limited = limit_capacity(routing, factor)
+
+    plain = [[reference.NULL if e == experts else e for e in row] for row in rows]
+    settings = reference.Settings(experts, routing.top_k, capacity_factor=factor)
+    kept, dropped = reference.limit(plain, settings)
+    assert limited.expert_ids.tolist() == [[experts if e == reference.NULL else e for e in row] for row in kept]
+    assert int(limited.dropped) == dropped
+    capacity = math.ceil(abs(factor) * len(rows) * routing.top_k / experts)
+    assert limited.counts().tolist() == [min(n, capacity) for n in routing.counts().tolist()]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_a_factor_that_is_no_number(factor: float) -> None:
+    with pytest.raises(ConfigError, match=f"capacity_factor is {factor}: it must be finite"):
+        limit_capacity(routing_of([[0]], 1), factor)
