@@ -1,10 +1,8 @@
 # Everything runs inside .venv, which `make setup` makes and keeps up to date.
 #   PYTHON=...  the Python that .venv is made with (3.11 or newer)
 #   TORCH=...   system: the torch that PYTHON already has; or a wheel or requirement for pip (see scripts/make_venv.py)
-#   OUT=...     where `make demo` writes
 #   WORKERS=... processes that run the tests
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
-OUT ?= runs/demo
 WORKERS ?= 2
 RUN := .venv/bin/python
 export TORCH
@@ -15,10 +13,10 @@ setup:
 	@$(PYTHON) scripts/make_venv.py
 
 demo: setup
-	$(RUN) -m moesaic train recipes/demo.toml out=$(OUT)
-	$(RUN) -m moesaic eval $(OUT)
-	$(RUN) -m moesaic generate $(OUT) --prompt "def "
-	$(RUN) -m moesaic inspect $(OUT)
+	$(RUN) -m moesaic train recipes/demo.toml
+	$(RUN) -m moesaic eval runs/demo
+	$(RUN) -m moesaic generate runs/demo --prompt "def "
+	$(RUN) -m moesaic inspect runs/demo
 
 # One thread a process: the processes already fill the cores, and results stay the same from machine to machine.
 test test-slow: export OMP_NUM_THREADS = 1
@@ -34,6 +32,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+docs: export NO_MKDOCS_2_WARNING = 1
 docs:
 	@$(PYTHON) scripts/make_venv.py docs
 	$(RUN) -m mkdocs build --strict --quiet
