@@ -13,7 +13,7 @@ setup:
 	@$(PYTHON) scripts/make_venv.py
 
 demo: setup
-	$(RUN) -m moesaic train recipes/demo.toml
+	$(RUN) -m moesaic train recipes/demo.toml --overwrite
 	$(RUN) -m moesaic eval runs/demo
 	$(RUN) -m moesaic generate runs/demo --prompt "def "
 	$(RUN) -m moesaic inspect runs/demo
