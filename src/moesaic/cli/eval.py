@@ -1,0 +1,53 @@
+"""``moesaic eval``: perplexity on text, by domain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model folder, or the folder of a training run.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="A file or folder of text, DOMAIN=PATH, or 'stdlib'. Default: what the run was trained on, else 'stdlib'.",
+        ),
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(help="validation: the held-out part; all: everything. Default: all for --data PATH, else validation."),
+    ] = "",
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window; 0: 1024, or less for a short text.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens a domain; 0 for all.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the perplexity of our model, or of any causal language model of transformers on disk."""
+    from moesaic.cli.output import print_json, print_table
+    from moesaic.train.evaluate import evaluate_folder
+
+    report = evaluate_folder(
+        model,
+        sources=data,
+        split=split or None,
+        sequence_length=sequence_length or None,
+        max_tokens=max_tokens or None,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    if as_json:
+        print_json(report)
+        return
+    print_table(
+        f"{report.model}: {report.split} text, {report.sequence_length} tokens a window",
+        ["domain", "tokens", "loss (nats/token)", "perplexity", "bits/byte"],
+        [
+            [name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.perplexity:.2f}", f"{r.bits_per_byte:.3f}"]
+            for name, r in report.domains.items()
+        ],
+    )
