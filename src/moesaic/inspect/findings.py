@@ -1,0 +1,191 @@
+"""What stands out in a report, in plain words: the sentences at the top of the page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+SMALL = 0.25
+"""Of an even share: an expert with less load than this says little, whatever its few tokens are."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two under a short title; ``layer`` (position among the MoE layers) and ``expert`` say whom it is
+    about, where it is about one expert."""
+
+    title: str
+    text: str
+    layer: int | None = None
+    expert: int | None = None
+
+
+def find(report: dict[str, Any]) -> list[Finding]:
+    """The findings of a report of :func:`moesaic.inspect.analyze`, those that have something to say.
+
+    Every number in them is a number of the report, rounded.
+    """
+    candidates = [
+        _domains(report),
+        _meaning(report),
+        _context(report),
+        _balance(report),
+        _certainty(report),
+        _paths(report),
+    ]
+    return [finding for finding in candidates if finding]
+
+
+def _domains(report: dict[str, Any]) -> Finding | None:
+    """The expert with the largest difference between the shares of tokens that it takes of two domains."""
+    best: tuple[float, int, int, str, str] | None = None
+    for position, layer in enumerate(report["layers"]):
+        shares = layer["token_share_by_domain"]
+        for expert in range(layer["experts"]):
+            ranked = sorted(shares, key=lambda name: shares[name][expert])
+            low, high = ranked[0], ranked[-1]
+            difference = shares[high][expert] - shares[low][expert]
+            if best is None or difference > best[0]:
+                best = (difference, position, expert, high, low)
+    if best is None or best[0] < 0.02:
+        return None
+    _, position, expert, high, low = best
+    layer = report["layers"][position]
+    shares = layer["token_share_by_domain"]
+    return Finding(
+        "A taste for one domain",
+        f"Expert {expert} in layer {layer['number']} takes {percent(shares[high][expert])} of the {high} tokens and "
+        f"{percent(shares[low][expert])} of {low}.",
+        position,
+        expert,
+    )
+
+
+def _meaning(report: dict[str, Any]) -> Finding | None:
+    """The expert with the most of its slots in a few tokens that are rare elsewhere."""
+    best: tuple[float, int, int] | None = None
+    for position, layer in enumerate(report["layers"]):
+        slots = sum(layer["token_share"]) * report["data"]["tokens"]
+        for expert, tops in enumerate(layer["top_tokens"]):
+            own = layer["load"][expert] * slots
+            distinct = _distinct(tops)
+            if len(distinct) < 3 or layer["load"][expert] * layer["experts"] < SMALL:
+                continue
+            concentration = sum(top["count"] for top in distinct) / own
+            if best is None or concentration > best[0]:
+                best = (concentration, position, expert)
+    if best is None:
+        return None
+    share, position, expert = best
+    layer = report["layers"][position]
+    names = ", ".join(visible(top["text"]) for top in _distinct(layer["top_tokens"][expert]))
+    return Finding(
+        "A specialist for a few tokens",
+        f"{percent(share)} of what expert {expert} in layer {layer['number']} reads is {names}.",
+        position,
+        expert,
+    )
+
+
+def _distinct(tops: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first few tokens that are twice as common here as elsewhere, and that a reader can see."""
+    return [top for top in tops if top["lift"] >= 2 and not top["text"].isspace()][:6]
+
+
+def _context(report: dict[str, Any]) -> Finding | None:
+    """Where the token alone decides most, and where its context has most to say."""
+    known = [layer for layer in report["layers"] if layer["token_consistency"]["tokens"] >= 200]
+    if not known:
+        return None
+    most = max(known, key=lambda layer: layer["token_consistency"]["share"])
+    least = min(known, key=lambda layer: layer["token_consistency"]["share"])
+    text = (
+        f"In layer {most['number']}, a common token goes to its usual expert "
+        f"{percent(most['token_consistency']['share'])} of the time"
+    )
+    if most is least:
+        return Finding("Token or context", text + ".")
+    return Finding(
+        "Token or context",
+        f"{text}; in layer {least['number']}, where its context counts for more, "
+        f"{percent(least['token_consistency']['share'])}.",
+    )
+
+
+def _balance(report: dict[str, Any]) -> Finding:
+    layers = report["layers"]
+    worst = max(range(len(layers)), key=lambda i: layers[i]["imbalance"])
+    layer = layers[worst]
+    expert = layer["load"].index(max(layer["load"]))
+    idle = sum(len(layer["idle_experts"]) for layer in layers)
+    total = sum(layer["experts"] for layer in layers)
+    idle_text = f"{idle} of {total} experts got no token at all." if idle else f"None of the {total} experts is idle."
+    return Finding(
+        "Balance",
+        f"The busiest expert, number {expert} in layer {layer['number']}, does {layer['imbalance']:.1f} times an even "
+        f"share. {idle_text}",
+        worst,
+        expert,
+    )
+
+
+def _certainty(report: dict[str, Any]) -> Finding | None:
+    sources = {layer["entropy_source"] for layer in report["layers"]}
+    if len(sources) > 1:
+        return None
+    of_what = " of the chosen weights" if sources == {"weights"} else ""
+    surest = min(report["layers"], key=lambda layer: layer["entropy"])
+    least = max(report["layers"], key=lambda layer: layer["entropy"])
+    text = (
+        f"The router is surest in layer {surest['number']}: {percent(surest['entropy'])} of the largest "
+        f"entropy{of_what}"
+    )
+    if surest is least:
+        return Finding("Certainty", text + ".")
+    return Finding(
+        "Certainty", f"{text}. It is least sure in layer {least['number']}, with {percent(least['entropy'])}."
+    )
+
+
+def _paths(report: dict[str, Any]) -> Finding | None:
+    """The commonest step from an expert that is not too small to one in the next layer, against chance."""
+    best: tuple[float, float, int, int, int] | None = None
+    for position, transition in enumerate(report["transitions"]):
+        source, target = report["layers"][position : position + 2]
+        for i, row in enumerate(transition["counts"]):
+            tokens = source["token_share"][i] * report["data"]["tokens"]
+            if source["load"][i] * source["experts"] < SMALL:
+                continue
+            j = row.index(max(row))
+            rate, chance = row[j] / tokens, target["token_share"][j]
+            if rate >= 1.5 * chance and (best is None or rate > best[0]):
+                best = (rate, chance, position, i, j)
+    if best is None:
+        return None
+    rate, chance, position, i, j = best
+    source, target = report["layers"][position : position + 2]
+    return Finding(
+        "A beaten path",
+        f"{percent(rate)} of the tokens of expert {i} in layer {source['number']} go on to expert {j} in layer "
+        f"{target['number']}; of all tokens it is {percent(chance)}.",
+        position + 1,
+        j,
+    )
+
+
+def percent(fraction: float) -> str:
+    """``0.413`` as ``41 %`` (with a space that does not break); below 10 % with one decimal where it is not round."""
+    value = 100 * fraction
+    digits = 0 if value >= 9.95 or value == 0 else 1
+    return f"{value:.{digits}f}\u00a0%"
+
+
+def visible(token: str) -> str:
+    """A token as a reader can see it: quoted, white space shown by signs, long runs of it counted."""
+    shown = token.translate(_SIGNS)
+    return f"‘{_RUN.sub(lambda run: f'{run[1]}×{len(run[0])}', shown)}’"
+
+
+_SIGNS = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍", " ": "␣"})
+_RUN = re.compile(r"([↵⇥␣])\1{2,}")
