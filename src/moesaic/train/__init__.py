@@ -1,0 +1,1 @@
+"""Recipe → run: the loop, its checkpoints, its metrics, and validation."""

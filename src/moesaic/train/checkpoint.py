@@ -1,0 +1,270 @@
+"""Checkpoints: written in the background, published whole, the newest good one always kept.
+
+    <folder>/step-00000100/       one checkpoint: torch.distributed.checkpoint's files and ``complete.json``
+    <folder>/step-00000200.tmp/   one that is being written, or that a killed run left behind
+
+``complete.json`` lists every file with its size and checksum. It is written last, everything is synced to the disk, and
+only then the folder gets its name; an older checkpoint is removed only after that.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from moesaic.errors import CheckpointError, TrainingError
+
+MARKER = "complete.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+# A run in one process needs no process group, and says nothing about it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+class NoSpaceError(TrainingError):
+    """The disk is full; the message names the last good checkpoint."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint, whole or not. ``about`` is what the run said of itself when it was written."""
+
+    path: Path
+    step: int
+    about: dict[str, Any]
+    damage: str | None = None
+
+
+def published(folder: Path) -> Iterator[Checkpoint]:
+    """All published checkpoints, the newest first; files are compared with their checksums as one gets there."""
+    for path in _newest_first(folder):
+        yield _inspect(path)
+
+
+def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    """The newest whole checkpoint, and the damaged ones that are newer; (None, []) where there is none at all.
+
+    Raises:
+        CheckpointError: where there are checkpoints but every one is damaged.
+    """
+    damaged: list[Checkpoint] = []
+    for checkpoint in published(folder):
+        if checkpoint.damage is None:
+            return checkpoint, damaged
+        damaged.append(checkpoint)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {str(folder)!r} is whole: "
+            + "; ".join(f"{checkpoint.path.name}: {checkpoint.damage}" for checkpoint in damaged)
+        )
+    return None, []
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    return {"model": model_state, "optimizer": optimizer_state, "random": random, "progress": dict(progress)}
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into a model and its optimizer, and set the random streams; returns its ``progress``.
+
+    Raises:
+        CheckpointError: where it does not fit the model, or cannot be read after all.
+    """
+    state = training_state(model, optimizer, checkpoint.about["progress"])
+    try:
+        load(state, checkpoint_id=checkpoint.path)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    except Exception as error:  # the reader raises what its parts do, and a type of its own
+        reason = " ".join(str(_root_cause(error)).split())[:300]
+        raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error
+    torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"]:
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+    return dict(state["progress"])
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, with at most one being written at a time.
+
+    Args:
+        folder: made when the first checkpoint is written.
+        keep: how many are kept, at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.last_good: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+
+    def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
+        """Copy ``state`` and write the copy in the background; waits for the one before.
+
+        Args:
+            about: JSON values kept beside the state; ``about["progress"]`` must be the state's.
+
+        Raises:
+            TrainingError: where the checkpoint before could not be written.
+        """
+        self.wait()
+        making = self.folder / f"step-{step:08d}.tmp"
+        try:
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir(parents=True)
+            # Returns when the copy is made; from then on training may change the tensors.
+            written = async_save(state, checkpoint_id=making)
+        except Exception as error:
+            self._failure = (step, error)
+            self.check()
+        # Not a daemon: a process that ends for another reason still finishes its checkpoint.
+        self._thread = threading.Thread(target=self._publish, args=(step, making, written, dict(about)))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises as :meth:`check` does."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`TrainingError` where a checkpoint could not be written."""
+        if self._failure is None:
+            return
+        (step, error), self._failure = self._failure, None
+        cause = _root_cause(error)
+        raise self.failure(f"the checkpoint of step {step} could not be written", cause) from error
+
+    def failure(self, what: str, cause: BaseException) -> TrainingError:
+        """An error that says what failed and why, and names the last good checkpoint."""
+        if is_disk_full(cause, self.folder):
+            return NoSpaceError(f"{what}: no space left on the disk of {str(self.folder.parent)!r}; {self.good()}")
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        return TrainingError(f"{what}: {' '.join(reason.split())}; {self.good()}")
+
+    def good(self) -> str:
+        """Which checkpoint is the last good one, as the end of a message."""
+        return (
+            f"the last good checkpoint is {str(self.last_good)!r}" if self.last_good else "there is no checkpoint yet"
+        )
+
+    def _publish(self, step: int, making: Path, written: Any, about: dict[str, Any]) -> None:
+        try:
+            written.result()
+            seal(making, about)
+            path = self.folder / f"step-{step:08d}"
+            if path.exists():  # the same step of an earlier life of this run, damaged
+                shutil.rmtree(path)
+            os.rename(making, path)
+            _sync(self.folder)
+            self.last_good = path
+            self._prune()
+        except BaseException as error:
+            shutil.rmtree(making, ignore_errors=True)
+            self._failure = (step, error)
+
+    def _prune(self) -> None:
+        for path in [*_newest_first(self.folder)[self.keep :], *self.folder.glob("step-*.tmp")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the marker that makes a checkpoint complete, and have all of it on the disk."""
+    files = {path.name: {"bytes": path.stat().st_size, "blake2b": _checksum(path)} for path in sorted(folder.iterdir())}
+    note = {"about": dict(about), "files": files}
+    with open(folder / MARKER, "w", encoding="utf-8") as file:
+        json.dump(note, file)
+        file.flush()
+        os.fsync(file.fileno())
+    for name in files:
+        _sync(folder / name)
+    _sync(folder)
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error says that there is no space, or quota, left; some writers only say that writing failed."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or _free_bytes(folder) < 1 << 20
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _inspect(path: Path) -> Checkpoint:
+    step = _step(path)
+    try:
+        note = json.loads((path / MARKER).read_bytes())
+        files, about = note["files"], dict(note["about"])
+        for name, expected in files.items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return Checkpoint(path, step, {}, f"{name} has {size} bytes of {expected['bytes']}")
+            if _checksum(path / name) != expected["blake2b"]:
+                return Checkpoint(path, step, {}, f"{name} is damaged")
+    except FileNotFoundError as error:
+        return Checkpoint(path, step, {}, f"{Path(error.filename).name} is missing")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return Checkpoint(path, step, {}, f"{MARKER} cannot be read")
+    return Checkpoint(path, step, about)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error beneath the wrappings of torch.distributed.checkpoint; an :class:`OSError` where there is one."""
+    return next((inner for inner in _causes(error) if isinstance(inner, OSError)), list(_causes(error))[-1])
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    yield error
+    # CheckpointException keeps (exception, traceback) by rank.
+    for failure in getattr(error, "failures", {}).values():
+        yield from _causes(failure[0])
+    if error.__cause__ is not None:
+        yield from _causes(error.__cause__)

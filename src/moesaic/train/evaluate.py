@@ -1,0 +1,211 @@
+"""Validation: loss and perplexity of a causal language model, domain by domain."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from moesaic.data import TokenData, prepare, validation_windows
+from moesaic.data.tokenizer import tokenizer_fingerprint
+from moesaic.errors import CheckpointError, ConfigError
+from moesaic.hf.load import load_model, model_folder
+from moesaic.train.precision import autocast
+from moesaic.train.recipe_file import recorded_recipe
+
+STDLIB = "stdlib"
+LONGEST = 1024
+"""Tokens per window where nothing else is known of a model."""
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """What a model makes of one domain.
+
+    Attributes:
+        loss: mean cross entropy in nats per token.
+        perplexity: ``exp(loss)``.
+        tokens: how many were predicted.
+        bits_per_byte: the loss per byte of text, which models with different tokenizers share; None where the number of
+            bytes is not known. Taken from the domain's mean number of bytes per token.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    bits_per_byte: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, what it was measured on, and the result per domain."""
+
+    model: str
+    split: str
+    sequence_length: int
+    domains: dict[str, DomainResult]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: Mapping[str, npt.NDArray[Any]],
+    *,
+    sequence_length: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    precision: str = "fp32",
+    bytes_per_token: Mapping[str, float] | None = None,
+) -> dict[str, DomainResult]:
+    """Loss per domain over windows of ``sequence_length`` predicted tokens, without padding; deterministic.
+
+    The model is left in the mode (training or not) in which it came. What fills no window at a domain's end does not
+    count.
+
+    Args:
+        model: any transformers causal language model.
+        tokens: domain to token ids ``[n]``.
+        max_tokens: predict about so many per domain, in windows spread over it; None for all.
+        precision: ``"fp32"`` (as the weights are) or ``"bf16"`` (autocast); the loss is float32 in both.
+        bytes_per_token: of each domain, for ``bits_per_byte``.
+
+    Raises:
+        DataError: where a domain is shorter than one window.
+        ConfigError: for an unknown precision or a size out of range.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}: it must be at least 1")
+    limit = max(1, max_tokens // sequence_length) if max_tokens and sequence_length > 0 else None
+    windows = validation_windows(tokens, sequence_length, limit, batch_size=batch_size)
+    device = next(model.parameters()).device
+    sums: dict[str, float] = dict.fromkeys(tokens, 0.0)
+    counts: dict[str, int] = dict.fromkeys(tokens, 0)
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(device, precision):
+            for domain, ids in windows:
+                losses = token_losses(model, ids.to(device))
+                sums[domain] += float(losses.double().sum())
+                counts[domain] += losses.numel()
+    finally:
+        model.train(was_training)
+    return {name: _result(sums[name], counts[name], (bytes_per_token or {}).get(name)) for name in tokens}
+
+
+def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Cross entropy in nats, float32 ``[B, S]``, of the last S tokens of each row of ``ids`` (``[B, S + 1]``)."""
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    # A row at a time: with a large vocabulary the float32 copy is by far the largest tensor here.
+    rows = [
+        F.cross_entropy(row.float(), targets, reduction="none") for row, targets in zip(logits, ids[:, 1:], strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _result(total: float, count: int, bytes_per_token: float | None) -> DomainResult:
+    loss = total / count
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows from 710 on
+    return DomainResult(loss, perplexity, count, loss / math.log(2) / bytes_per_token if bytes_per_token else None)
+
+
+def bytes_per_token(data: TokenData, sides: Sequence[str] = ("validation",)) -> dict[str, float]:
+    """Mean number of UTF-8 bytes that one token stands for, by domain."""
+    means = {}
+    for domain in {name for side in sides for name in data.counts[side]}:
+        counts = [data.counts[side][domain] for side in sides if domain in data.counts[side]]
+        means[domain] = sum(count.bytes for count in counts) / sum(count.tokens for count in counts)
+    return means
+
+
+def evaluate_folder(
+    path: str | Path,
+    *,
+    sources: Sequence[str] | None = None,
+    split: str | None = None,
+    sequence_length: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+) -> Evaluation:
+    """Measure a model on disk: ours, or any causal language model of transformers.
+
+    Args:
+        path: a model folder, or the folder of a training run.
+        sources: as :func:`moesaic.data.prepare` takes them; by default what the run was trained on, else ``stdlib``.
+        split: ``"validation"`` (what training holds out) or ``"all"``; by default the former, but all of sources that
+            were given and are not ``stdlib``.
+        sequence_length: by default the run's own, else 1024 or what the model or the shortest domain allows.
+
+    Raises:
+        CheckpointError: where there is no usable model.
+        DataError: where there is no usable text, or too little of it.
+        ConfigError: for an option out of range.
+    """
+    if split not in (None, "validation", "all"):
+        raise ConfigError(f"split is {split!r}: it must be one of validation, all")
+    model, tokenizer = load_model(path)
+    run = _run_of(Path(path))
+    chosen = list(sources or (run.data.sources if run else [STDLIB]))
+    split = split or ("all" if sources and chosen != [STDLIB] else "validation")
+    fraction = run.data.validation_fraction if run else 0.05
+    trained_here = run is not None and sources is None and run.data.tokenizer is None
+    data = _prepare(chosen, tokenizer, model_folder(path), run.data.vocab_size if trained_here else None, fraction)
+    sides = ("train", "validation") if split == "all" else ("validation",)
+    tokens = {
+        name: np.concatenate([getattr(data, side)[name] for side in sides if name in getattr(data, side)])
+        for name in sorted({name for side in sides for name in getattr(data, side)})
+    }
+    if sequence_length is None:
+        longest = run.data.sequence_length if run else min(LONGEST, _positions(model))
+        shortest = min((len(ids) for ids in tokens.values()), default=0)
+        sequence_length = max(1, min(longest, shortest - 1))
+    results = evaluate(
+        model,
+        tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        precision=precision,
+        bytes_per_token=bytes_per_token(data, sides),
+    )
+    return Evaluation(str(path), split, sequence_length, results)
+
+
+def _run_of(path: Path) -> Any:
+    """The recipe of the run that ``path`` is the folder of, or None."""
+    note = path / "run.json"
+    if not note.is_file():
+        return None
+    try:
+        return recorded_recipe(json.loads(note.read_text(encoding="utf-8"))["recipe"], str(note))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{str(note)!r} cannot be read: {error}") from error
+
+
+def _prepare(
+    sources: list[str], tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int | None, fraction: float
+) -> TokenData:
+    """Tokens made by the model's own tokenizer.
+
+    ``vocab_size`` says that the run trained it on these sources: its tokens are then in the cache, under that setting.
+    """
+    if vocab_size is not None:
+        data = prepare(sources, vocab_size=vocab_size, validation_fraction=fraction)
+        if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(tokenizer):
+            return data
+    return prepare(sources, tokenizer=str(folder), validation_fraction=fraction)
+
+
+def _positions(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST)

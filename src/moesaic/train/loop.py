@@ -1,0 +1,164 @@
+"""One optimizer step: batch, forward, backward, clip, update, balance."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from moesaic.data import Batches
+from moesaic.errors import TrainingError
+from moesaic.hf import MoesaicForCausalLM
+from moesaic.layer import update_balancing
+from moesaic.train.checkpoint import Checkpoint, restore, training_state
+from moesaic.train.metrics import RoutingMeter, StepMetrics
+from moesaic.train.optimizer import build_optimizer, learning_rate
+from moesaic.train.precision import autocast
+from moesaic.train.recipe import TrainSettings
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient is infinite or NaN; the weights have not been changed by it."""
+
+
+class Trainer:
+    """A model, its optimizer, and how far they are.
+
+    The data of a step is a function of its number, and so is the learning rate: :meth:`state` has nothing else to keep.
+
+    Args:
+        model: on ``device``, with float32 parameters.
+        batches: gives ``[batch_size, S + 1]`` token ids for a step.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+    """
+
+    def __init__(
+        self,
+        model: MoesaicForCausalLM,
+        batches: Batches,
+        settings: TrainSettings,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.model, self.batches, self.settings = model.train(), batches, settings
+        self.device, self.precision = device, precision
+        self.optimizer = build_optimizer(model, settings)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._meter = RoutingMeter(model)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+        self._forward: Any = torch.compile(model) if settings.compile else model
+
+    def train_step(self) -> StepMetrics:
+        """Do the next step.
+
+        Raises:
+            NonFiniteError: where the loss or the gradient is not finite; names the step and the batch.
+        """
+        started = time.perf_counter()
+        rate = learning_rate(self.step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        ids = self.batches.batch(self.step).to(self.device)
+        loss, aux_loss, norm = self._gradients(ids)
+        if not all(map(math.isfinite, (loss, aux_loss, norm))):
+            self.optimizer.zero_grad()
+            raise self._not_finite(loss, aux_loss, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_balancing(self.model)
+        self.step += 1
+        self.tokens += ids.shape[0] * (ids.shape[1] - 1)
+        imbalance, worst, dropped = self._meter.read()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return StepMetrics(
+            step=self.step,
+            loss=loss,
+            aux_loss=aux_loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            imbalance=imbalance,
+            worst_imbalance=worst,
+            dropped=dropped,
+            tokens=self.tokens,
+            tokens_per_second=ids.shape[0] * (ids.shape[1] - 1) / seconds,
+        )
+
+    def progress(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on; the tensors are the model's and the optimizer's own."""
+        return training_state(self.model, self.optimizer, self.progress())
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint; raises :class:`CheckpointError` where it does not fit."""
+        progress: Mapping[str, Any] = restore(checkpoint, self.model, self.optimizer)
+        self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+
+    def _gradients(self, ids: Tensor) -> tuple[float, float, float]:
+        """(mean cross entropy, balancing losses, norm of the gradient before clipping) of a batch ``[B, S + 1]``."""
+        parts = ids.chunk(self.settings.accumulation)
+        losses = torch.zeros(2, device=self.device)
+        for part in parts:
+            loss, aux_loss = self._losses(part)
+            ((loss + aux_loss) / len(parts)).backward()
+            losses += torch.stack([loss.detach(), aux_loss.detach()]) / len(parts)
+            self._meter.add()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.settings.clip:
+            clip_grads_with_norm_(self.model.parameters(), self.settings.clip, norm)
+        # One transfer from the device instead of three.
+        loss_value, aux_value, norm_value = torch.cat([losses, norm.reshape(1)]).tolist()
+        return loss_value, aux_value, norm_value
+
+    def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy and balancing losses of a part of a batch: two float32 scalars."""
+        with autocast(self.device, self.precision):
+            output = self._forward(input_ids=ids[:, :-1], use_cache=False)
+        loss = F.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        return loss, output.aux_loss if output.aux_loss is not None else torch.zeros_like(loss)
+
+    def _not_finite(self, loss: float, aux_loss: float, norm: float) -> NonFiniteError:
+        domains = Counter(self.batches.domains(self.step))
+        rows = ", ".join(f"{count} of {name}" for name, count in sorted(domains.items()))
+        return NonFiniteError(
+            f"step {self.step + 1} is not finite (loss {loss}, balancing loss {aux_loss}, gradient norm {norm}) "
+            f"on batch {self.step} (sequences: {rows}); the weights were not changed by it"
+        )
+
+
+@contextlib.contextmanager
+def repeatable(threads: int) -> Iterator[None]:
+    """PyTorch's deterministic algorithms, and ``threads`` CPU threads unless that is 0; as it was before at the end."""
+    fill: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        fill.fill_uninitialized_memory,
+        torch.get_num_threads(),
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may differ from run to run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill.fill_uninitialized_memory = False  # costs time, and we read no uninitialized memory
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fill.fill_uninitialized_memory = before[2]
+        torch.set_num_threads(before[3])

@@ -1,0 +1,137 @@
+"""What a run says of itself while it goes: one line per step in ``metrics.jsonl``, and TensorBoard's event files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from moesaic.layer import moe_layers
+from moesaic.train.evaluate import DomainResult
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        step: steps done, this one included.
+        loss: mean cross entropy in nats per token, float32; without the balancing losses.
+        aux_loss: the balancing losses as they were added to it.
+        grad_norm: before clipping.
+        imbalance: largest over mean number of rows per expert, mean over the layers; 1 is even.
+        worst_imbalance: that of the worst layer.
+        dropped: share of the routed slots that lost their expert to a capacity limit.
+        tokens: predicted so far.
+        tokens_per_second: of this step.
+    """
+
+    step: int
+    loss: float
+    aux_loss: float
+    learning_rate: float
+    grad_norm: float
+    imbalance: float
+    worst_imbalance: float
+    dropped: float
+    tokens: int
+    tokens_per_second: float
+
+
+class RoutingMeter:
+    """Load and drops of all MoE layers over the forwards of one step; reads them from the device once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = moe_layers(model)
+        self._counts: list[Tensor] = []
+        self._dropped: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Count the routing of the forward that has just been done."""
+        for layer in self._layers:
+            routing = layer.last_routing
+            if routing is not None:
+                self._counts.append(routing.counts())
+                self._dropped.append(routing.counts().new_zeros(()) if routing.dropped is None else routing.dropped)
+
+    @torch.no_grad()
+    def read(self) -> tuple[float, float, float]:
+        """(imbalance, worst imbalance, dropped share) since the last call; (1, 1, 0) for a model without experts."""
+        if not self._counts:
+            return 1.0, 1.0, 0.0
+        layers = len(self._layers)
+        counts_LE = torch.stack(self._counts).view(-1, layers, self._counts[0].numel()).sum(0).double()
+        dropped = torch.stack(self._dropped).sum()
+        ratios_L = counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)
+        share = dropped / (dropped + counts_LE.sum()).clamp(min=1)
+        self._counts, self._dropped = [], []
+        mean, worst, lost = torch.stack([ratios_L.mean(), ratios_L.max(), share]).tolist()
+        return mean, worst, lost
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and ``tensorboard/`` in a run's folder.
+
+    Args:
+        folder: of the run.
+        step: steps done before: what an earlier life of the run logged after them is taken back.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / "metrics.jsonl"
+        _take_back(path, step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._write({"kind": "step", **asdict(metrics)})
+        for name, value in asdict(metrics).items():
+            if name not in ("step", "tokens"):
+                self._board.add_scalar(f"train/{name}", value, metrics.step)
+
+    def validation(self, step: int, results: Mapping[str, DomainResult]) -> None:
+        for domain, result in results.items():
+            self._write({"kind": "validation", "step": step, "domain": domain, **asdict(result)})
+            self._board.add_scalar(f"validation/loss/{domain}", result.loss, step)
+            self._board.add_scalar(f"validation/perplexity/{domain}", result.perplexity, step)
+        self.flush()
+
+    def flush(self) -> None:
+        """Everything so far to the files; raises :class:`OSError` where the disk is full."""
+        self._lines.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that a kill cut off is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _take_back(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    # From the beginning means anew: even what was measured before the first step is measured again.
+    kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+    making = path.with_suffix(".tmp")
+    making.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    making.replace(path)

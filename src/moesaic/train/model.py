@@ -1,0 +1,109 @@
+"""A recipe's ``[model]`` to a model, and the checks that come before any long work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from moesaic.errors import ConfigError
+from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
+from moesaic.layer import moe_layers
+from moesaic.train.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse settings that are each allowed but do not go together.
+
+    Raises:
+        ConfigError: which names the keys, their values and what must hold.
+    """
+    model, data, train = recipe.model, recipe.data, recipe.train
+    divides = [
+        ("model.d_model", model.d_model, "model.num_heads", model.num_heads),
+        ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
+        ("train.batch_size", train.batch_size, "train.accumulation", train.accumulation),
+    ]
+    for whole, value, part, divisor in divides:
+        if value % divisor:
+            raise ConfigError(f"{whole} is {value}: {part} = {divisor} must divide it")
+    at_most = [
+        ("model.top_k", model.top_k, "model.num_experts", model.num_experts),
+        ("data.sequence_length", data.sequence_length, "model.max_length", model.max_length),
+        ("train.warmup_steps", train.warmup_steps, "train.steps", train.steps),
+    ]
+    for name, value, limit_name, limit in at_most:
+        if value > limit:
+            raise ConfigError(f"{name} is {value}: it must be at most {limit_name} = {limit}")
+    if (model.d_model // model.num_heads) % 2:
+        raise ConfigError(
+            f"model.d_model / model.num_heads is {model.d_model // model.num_heads}: "
+            "it must be even, because rotary embeddings turn pairs of features"
+        )
+    if beyond := [layer for layer in model.dense_layers if layer >= model.num_layers]:
+        raise ConfigError(
+            f"model.dense_layers names layer {beyond[0]}: it must be below num_layers = {model.num_layers}"
+        )
+    build_config(recipe, data.vocab_size)
+
+
+def build_config(recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> MoesaicConfig:
+    """The model's configuration; ``tokenizer`` gives the ids that begin and end a text.
+
+    Raises:
+        ConfigError: for an unknown router, activation, balancer or option, and for settings that do not go together.
+    """
+    m = recipe.model
+    # No pad_token_id: a padding row of the embedding gets no gradient, and ours is the end-of-text token.
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": m.d_model,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.d_model // m.num_heads,
+        "moe_intermediate_size": m.d_ff,
+        "num_experts": m.num_experts,
+        "num_experts_per_tok": m.top_k,
+        "router": m.router,
+        "router_options": dict(m.router_options),
+        "balancing": dict(m.balancing),
+        "capacity_factor": m.capacity_factor,
+        "expert_activation": m.activation,
+        "expert_bias": m.expert_bias,
+        "num_shared_experts": m.num_shared_experts,
+        "shared_intermediate_size": m.shared_d_ff,
+        "shared_gate": m.shared_gate,
+        "mlp_only_layers": list(m.dense_layers),
+        "intermediate_size": m.dense_d_ff or m.top_k * m.d_ff,
+        "tie_word_embeddings": m.tie_embeddings,
+        "max_position_embeddings": m.max_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+        "initializer_range": m.init_std,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer else None,
+        "bos_token_id": tokenizer.bos_token_id if tokenizer else None,
+    }
+    return MoesaicConfig(**settings)
+
+
+def build_model(
+    recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> MoesaicForCausalLM:
+    """A freshly initialized model in float32, drawn on the CPU with ``train.seed`` from PyTorch's generator."""
+    torch.manual_seed(recipe.train.seed)
+    model = MoesaicForCausalLM(build_config(recipe, vocab_size, tokenizer))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    nn.Module.to(model, device, torch.float32)
+    return model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, those that one token meets: of the routed experts only its top_k)."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for layer in moe_layers(model):
+        routed = sum(parameter.numel() for parameter in layer.experts.parameters())
+        idle += routed - routed * layer.config.top_k // layer.config.num_experts
+    return total, total - idle

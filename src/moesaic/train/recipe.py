@@ -1,0 +1,154 @@
+"""A recipe: everything that decides a training run, in three sections.
+
+The defaults are the demo recipe: ``recipes/demo.toml`` spells them out (a test holds the two equal), so an installed
+moesaic trains without a file. Docs and error messages are made from the descriptions and ranges below.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.fields import FieldInfo
+
+Option = bool | int | float | str
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base: unknown keys, wrong types, infinities and NaN are refused, and nothing changes once it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """``[model]``: the architecture."""
+
+    d_model: int = Field(256, ge=1, description="Width of a token; num_heads must divide it.")
+    num_layers: int = Field(4, ge=1, description="Decoder layers.")
+    num_heads: int = Field(4, ge=1, description="Attention heads.")
+    num_kv_heads: int = Field(2, ge=1, description="Heads of keys and values; must divide num_heads.")
+    d_ff: int = Field(256, ge=1, description="Hidden width of one expert.")
+    num_experts: int = Field(8, ge=1, description="Routed experts per layer.")
+    top_k: int = Field(2, ge=1, description="Experts per token; at most num_experts.")
+    router: str = Field("softmax_topk", description="A name of moesaic.routing.available().")
+    router_options: dict[str, Option] = Field({}, description="That router's own options.")
+    balancing: dict[str, float] = Field(
+        {"load_balancing": 0.01}, description="Coefficient of each balancer: load_balancing, z_loss, bias_update."
+    )
+    capacity_factor: float = Field(
+        0.0, description="0: dropless. Above 0: every expert takes this times its even share. Below 0: at most that."
+    )
+    activation: str = Field("swiglu", description="A name of moesaic.experts.ACTIVATIONS.")
+    expert_bias: bool = Field(False, description="Biases in the experts.")
+    num_shared_experts: int = Field(0, ge=0, description="Experts that every token takes.")
+    shared_d_ff: int | None = Field(None, ge=1, description="Hidden width of a shared expert; d_ff by default.")
+    shared_gate: bool = Field(False, description="Gate the shared experts' sum by the token.")
+    dense_layers: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="Layers, counted from 0, with an ordinary feed-forward in place of experts."
+    )
+    dense_d_ff: int | None = Field(None, ge=1, description="Hidden width of those; top_k · d_ff by default.")
+    tie_embeddings: bool = Field(True, description="One matrix for input and output embeddings.")
+    max_length: int = Field(1024, ge=1, description="Positions of the model; at least data.sequence_length.")
+    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary position embedding.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class DataSettings(Section):
+    """``[data]``: the text, and how it becomes sequences."""
+
+    sources: Annotated[list[str], BeforeValidator(_listed)] = Field(
+        ["stdlib"],
+        min_length=1,
+        description="'stdlib' (Python's own library: domains code and prose), PATH or DOMAIN=PATH of "
+        ".txt, .md, .py, .jsonl, .parquet files and folders.",
+    )
+    tokenizer: str | None = Field(None, description="Folder or name of a tokenizer; without it one is trained.")
+    vocab_size: int = Field(4096, ge=257, description="Entries of the tokenizer that is trained.")
+    sequence_length: int = Field(256, ge=1, description="Tokens per sequence.")
+    validation_fraction: Share = Field(0.05, description="Share of the files held out for validation.")
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="Shares of the domains, in any unit; by default in proportion to their tokens."
+    )
+
+
+class TrainSettings(Section):
+    """``[train]``: the optimization."""
+
+    steps: int = Field(300, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(16, ge=1, description="Sequences per optimizer step.")
+    accumulation: int = Field(1, ge=1, description="Equal parts in which a batch is worked through; must divide it.")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW's learning rate after warm-up.")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Share of it that the cosine decay ends at.")
+    warmup_steps: int = Field(30, ge=0, description="Steps of linear warm-up; at most steps.")
+    weight_decay: float = Field(0.1, ge=0, description="On weight matrices; not on norms, biases and embeddings.")
+    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
+        Field((0.9, 0.95), description="Decay of AdamW's two moments.")
+    )
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the weights and of the order of the data.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: autocast with weights in fp32. auto: bf16 where the hardware multiplies it."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one.")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves the number to PyTorch.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    compile: bool = Field(False, description="Run the model through torch.compile.")
+    eval_every: int = Field(0, ge=0, description="Steps between validations; 0: before and after training only.")
+    eval_tokens: int = Field(0, ge=0, description="Validation tokens per domain, spread over it; 0: all.")
+    save_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: at the end only.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+
+# Keys that do not change a single number of the run: a resumed run may have others than before.
+HARMLESS = {"name", "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep"}
+
+
+class Recipe(Section):
+    """One training run; ``name`` is that of its folder under ``runs/``."""
+
+    name: str = Field("demo", pattern=r"^[\w][\w.-]*$", description="Name of the run.")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key to value, as JSON stores it; tables (``model.balancing``) are one value each."""
+        return flatten(self.model_dump(mode="json"))
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What another recipe, in the form of :meth:`flat`, says otherwise; keys that change no number are left out."""
+        own = self.flat()
+        keys = [key for key in {**own, **other} if key not in HARMLESS]
+        return [
+            f"{key} ({other.get(key, 'unset')!r} then, {own.get(key, 'unset')!r} now)"
+            for key in keys
+            if own.get(key) != other.get(key)
+        ]
+
+
+SECTIONS: dict[str, type[Section]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
+
+
+def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as nested tables to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if key in SECTIONS and isinstance(value, dict):
+            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def known_keys() -> dict[str, FieldInfo]:
+    """Every dotted key of a recipe and its field."""
+    keys = {"name": Recipe.model_fields["name"]}
+    for name, section in SECTIONS.items():
+        keys |= {f"{name}.{key}": field for key, field in section.model_fields.items()}
+    return keys

@@ -1,0 +1,160 @@
+"""Recipes from TOML files and ``key=value`` words, and errors that name the file, the key and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from moesaic.errors import ConfigError, UsageError
+from moesaic.train.recipe import SECTIONS, Recipe, known_keys
+
+COMMAND_LINE = "the command line"
+
+
+def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; without a path, the default one.
+
+    Args:
+        overrides: ``key=value`` each. The key is dotted (``train.steps``), or bare where only one section has it; the
+            value is TOML, or a string where it is no TOML. A key of a table (``model.balancing.z_loss``) adds to it.
+
+    Raises:
+        UsageError: where the file is missing or unreadable.
+        ConfigError: where it is no TOML, a key is unknown or a value is not allowed; the message says all of them.
+    """
+    recipe = Recipe() if path is None else _read(Path(path))
+    return override(recipe, overrides)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with ``key=value`` words applied; raises :class:`ConfigError` as :func:`load_recipe` does."""
+    tables = recipe.model_dump()
+    for word in overrides:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} on {COMMAND_LINE} is not of the form key=value")
+        *sections, key = _full_key(name.strip())
+        table = tables
+        for section in sections:
+            if not isinstance(table.get(section), dict):
+                table[section] = {}
+            table = table[section]
+        table[key] = _value(text)
+    return _validated(tables, COMMAND_LINE)
+
+
+def recorded_recipe(tables: dict[str, Any], where: str) -> Recipe:
+    """A recipe that a run wrote down (JSON tables); ``where`` names its file in an error."""
+    return _validated(tables, where)
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no recipe {str(path)!r}") from None
+    except OSError as error:
+        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {str(path)!r} is not TOML: {error}") from None
+    return _validated({"name": path.stem, **tables}, str(path))
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break in the text would let it set keys of its own.
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _full_key(name: str) -> list[str]:
+    """``train.steps`` to its parts, also from ``steps``."""
+    keys = known_keys()
+    if "." not in name:
+        matches = [key for key in keys if key.split(".")[-1] == name]
+        if not matches:
+            raise _unknown(name, COMMAND_LINE)
+        if len(matches) > 1:
+            raise ConfigError(f"the recipe key {name!r} on {COMMAND_LINE} could be {' or '.join(matches)}")
+        return matches[0].split(".")
+    if ".".join(name.split(".")[:2]) not in keys:
+        raise _unknown(name, COMMAND_LINE)
+    return name.split(".")
+
+
+def _validated(tables: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explained(dict(one), where) for one in error.errors())
+        raise ConfigError("; ".join(lines)) from None
+
+
+def _explained(error: dict[str, Any], where: str) -> str:
+    location = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        return str(_unknown(".".join(location), where))
+    key = ".".join(location[:2])
+    if key in SECTIONS:
+        return f"{key} is {error['input']!r} in {where}: it must be a table, [{key}]"
+    # Deeper parts of a location are a table's own keys, places in a list, or the branches of a union.
+    deeper = [part for part in location[2:3] if part not in ("bool", "int", "float", "str")]
+    return f"{'.'.join([key, *deeper])} is {error['input']!r} in {where}: it must be {allowed(known_keys()[key])}"
+
+
+def _unknown(name: str, where: str) -> ConfigError:
+    keys = list(known_keys())
+    by_last = {key.split(".")[-1]: key for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    near = near or [by_last[last] for last in difflib.get_close_matches(name.split(".")[-1], by_last, n=1, cutoff=0.6)]
+    section = name.split(".")[0]
+    if section in SECTIONS:
+        rest = f"allowed in [{section}]: {', '.join(SECTIONS[section].model_fields)}"
+    else:
+        rest = f"allowed: name, and the keys of {', '.join(f'[{known}]' for known in SECTIONS)}"
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"unknown recipe key {name!r} in {where}: {hint}{rest}")
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field takes, in words: ``"an integer, at least 1"``."""
+    return _allowed(field.annotation, field.metadata)
+
+
+def _allowed(kind: Any, metadata: Sequence[Any]) -> str:
+    bounds = [f"{words} {getattr(m, name)}" for m in metadata for name, words in _BOUNDS.items() if hasattr(m, name)]
+    bounds += [f"matching {m.pattern}" for m in metadata if getattr(m, "pattern", None)]
+    inner = get_args(kind)
+    if kind in _KINDS:
+        return ", ".join([_KINDS[kind], *bounds])
+    if hasattr(kind, "__metadata__"):
+        return _allowed(inner[0], [*_flattened(kind.__metadata__), *metadata])
+    origin = getattr(kind, "__origin__", None)
+    if origin is list:
+        return f"a list, each {_allowed(inner[0], ())}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each {_allowed(inner[0], ())}"
+    if origin is dict:
+        return f"a table, each value {_allowed(inner[1], ())}"
+    if all(isinstance(choice, str) for choice in inner):
+        return f"one of {', '.join(inner)}"
+    return " or ".join(_allowed(choice, metadata) for choice in inner if choice is not type(None))
+
+
+def _flattened(metadata: Sequence[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for item in metadata:
+        flat += item.metadata if isinstance(item, FieldInfo) else [item]
+    return flat

@@ -1,0 +1,333 @@
+"""A training run from recipe to model: the order of things, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from moesaic.data import Batches, TokenData, prepare
+from moesaic.errors import CheckpointError, Interrupted, MoesaicError, UsageError
+from moesaic.hf import MoesaicForCausalLM
+from moesaic.train.checkpoint import Checkpoints, NoSpaceError, is_disk_full, newest_good
+from moesaic.train.describe import data_note, environment, environment_changes, life_note, now, plain
+from moesaic.train.display import Display
+from moesaic.train.evaluate import DomainResult, bytes_per_token, evaluate
+from moesaic.train.folder import RunFolder
+from moesaic.train.loop import NonFiniteError, Trainer, repeatable
+from moesaic.train.metrics import MetricsLog
+from moesaic.train.model import build_model, check, count_parameters
+from moesaic.train.precision import choose_device, choose_precision
+from moesaic.train.recipe import Recipe, flatten
+from moesaic.train.recipe_file import load_recipe, override, recorded_recipe
+from moesaic.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run came to.
+
+    Attributes:
+        folder, model: the run's folder, and in it that of the model.
+        before, after: validation by domain, before the first step and after the last one.
+        steps, tokens: done and predicted in training, all lives of the run together.
+        seconds: spent in steps.
+        parameters, active_parameters: all, and those that one token meets.
+    """
+
+    folder: Path
+    model: Path
+    before: dict[str, DomainResult]
+    after: dict[str, DomainResult]
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    active_parameters: int
+
+
+def choose(words: Sequence[str], out: str | Path | None = None, *, resume: bool = False) -> tuple[Recipe, Path]:
+    """The recipe and the run folder that a command line means.
+
+    Args:
+        words: at most one recipe file, and any number of ``key=value``.
+        out: ``runs/<name of the recipe>`` by default.
+        resume: without a recipe file, that of the run in the folder is meant.
+
+    Raises:
+        UsageError: for two files, or a missing one.
+        ConfigError: for what a recipe does not allow.
+        CheckpointError: where there is no run to resume.
+    """
+    overrides = [word for word in words if "=" in word and not Path(word).is_file()]
+    files = [word for word in words if word not in overrides]
+    if len(files) > 1:
+        raise UsageError(f"give at most one recipe file, not {len(files)}: {', '.join(files)}")
+    recipe = load_recipe(files[0] if files else None, overrides)
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    if resume and not files:
+        run = RunFolder(folder)
+        run.check(resume=True, overwrite=False)
+        recipe = override(recorded_recipe(run.read()["recipe"], str(folder / "run.json")), overrides)
+    return recipe, folder
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+    cache_dir: str | Path | None = None,
+) -> RunResult:
+    """Train by a recipe into a folder, or go on with the run that is in it.
+
+    Args:
+        overwrite: replace a run that is in the folder.
+        cache_dir: of the tokens, see :func:`moesaic.data.prepare`.
+
+    Raises:
+        UsageError: for a folder that is in use, not empty or not writable, and for bad settings, data or checkpoints.
+        TrainingError: where the loss is not finite or a checkpoint cannot be written; names the last good one.
+        Interrupted: on SIGINT or SIGTERM, when the step has been finished and saved.
+    """
+    display = display or Display()
+    run = RunFolder(Path(folder))
+    check(recipe)
+    device = choose_device(recipe.train.device)
+    run.check(resume=resume, overwrite=overwrite)
+    with repeatable(recipe.train.threads):
+        display.say("reading the data")
+        data = prepare(
+            recipe.data.sources,
+            tokenizer=recipe.data.tokenizer,
+            vocab_size=recipe.data.vocab_size,
+            validation_fraction=recipe.data.validation_fraction,
+            cache_dir=cache_dir,
+        )
+        batches = _batches(recipe, data)
+        model = build_model(recipe, data.vocab_size, data.tokenizer, device)
+        precision = choose_precision(recipe.train.precision, device)
+        trainer = Trainer(model, batches, recipe.train, device, precision)
+        _check_space(run, recipe, model)
+        run.open(resume=resume, overwrite=overwrite)
+        try:
+            return _Run(recipe, run, data, trainer, display).go(resume)
+        finally:
+            run.close()
+
+
+class _Run:
+    """The middle part of :func:`train`: everything is ready, and the folder is ours."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, data: TokenData, trainer: Trainer, display: Display) -> None:
+        self.recipe, self.folder, self.data, self.trainer, self.display = recipe, folder, data, trainer, display
+        self.checkpoints = Checkpoints(folder.checkpoints, recipe.train.keep)
+        self.parameters, self.active_parameters = count_parameters(trainer.model)
+
+    def go(self, resume: bool) -> RunResult:
+        with self._explained():
+            if resume:
+                self._restore()
+            self._note(resume)
+            self._tell_start()
+            log = MetricsLog(self.folder.path, self.trainer.step)
+            try:
+                with StopRequest() as stop:
+                    self._train(log, stop)
+                    return self._finish(log, stop)
+            finally:
+                self.display.close()
+                with contextlib.suppress(OSError):  # a full disk has been reported by then
+                    log.close()
+
+    def _train(self, log: MetricsLog, stop: StopRequest) -> None:
+        settings, trainer = self.recipe.train, self.trainer
+        if not trainer.step and not stop.received:
+            self.folder.write(results={"before": plain(self._validate(log))})
+        self.display.begin(trainer.step, settings.steps)
+        while trainer.step < settings.steps and not stop.received:
+            metrics = trainer.train_step()
+            log.step(metrics)
+            self.display.step(metrics)
+            self.checkpoints.check()
+            last = trainer.step == settings.steps
+            if settings.eval_every and trainer.step % settings.eval_every == 0 and not last:
+                self._validate(log)
+            if last or stop.received or (settings.save_every and trainer.step % settings.save_every == 0):
+                self._save(log)
+
+    def _finish(self, log: MetricsLog, stop: StopRequest) -> RunResult:
+        self.checkpoints.wait()
+        after = {} if stop.received else self._validate(log)
+        if stop.received:
+            raise Interrupted(
+                f"stopped by {stop.received.name} after step {self.trainer.step} of {self.recipe.train.steps}, "
+                f"which is saved; go on with: moesaic train --resume --out {shlex.quote(str(self.folder.path))}"
+            )
+        self._save_model()
+        progress = self.trainer.progress()
+        before = self.folder.note["results"]["before"]
+        self.folder.write(status="finished", ended=now(), results={"before": before, "after": plain(after), **progress})
+        return RunResult(
+            folder=self.folder.path,
+            model=self.folder.model,
+            before={name: DomainResult(**result) for name, result in before.items()},
+            after=after,
+            steps=progress["step"],
+            tokens=progress["tokens"],
+            seconds=progress["seconds"],
+            parameters=self.parameters,
+            active_parameters=self.active_parameters,
+        )
+
+    def _validate(self, log: MetricsLog) -> dict[str, DomainResult]:
+        results = evaluate(
+            self.trainer.model,
+            self.data.validation,
+            sequence_length=self.recipe.data.sequence_length,
+            batch_size=max(1, self.recipe.train.batch_size // self.recipe.train.accumulation),
+            max_tokens=self.recipe.train.eval_tokens or None,
+            precision=self.trainer.precision,
+            bytes_per_token=bytes_per_token(self.data),
+        )
+        log.validation(self.trainer.step, results)
+        self.display.validation(self.trainer.step, results)
+        return results
+
+    def _save(self, log: MetricsLog) -> None:
+        log.flush()
+        about = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": self.data.fingerprint,
+            "progress": self.trainer.progress(),
+        }
+        self.checkpoints.save(self.trainer.step, self.trainer.state(), about)
+
+    def _restore(self) -> None:
+        checkpoint, damaged = newest_good(self.folder.checkpoints)
+        for one in damaged:
+            self.display.say(f"warning: {str(one.path)!r} is damaged ({one.damage}) and left out")
+        if checkpoint is None:
+            # Killed before its first checkpoint: the run has nothing to go back to, but nothing that differs either.
+            self.display.say("there is no checkpoint yet: starting from the beginning")
+            self._refuse_differences(self.folder.note["recipe"], self.folder.note.get("data", {}).get("fingerprint"))
+            return
+        self._refuse_differences(checkpoint.about["recipe"], checkpoint.about["data"])
+        self.trainer.restore(checkpoint)
+        self.checkpoints.last_good = checkpoint.path
+
+    def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str | None) -> None:
+        where = str(self.folder.path)
+        if differences := self.recipe.differences(flatten(recipe)):
+            raise CheckpointError(
+                f"the run in {where!r} cannot go on with another recipe: {'; '.join(differences)}; "
+                "leave them as they were, or start anew in another folder"
+            )
+        if fingerprint not in (None, self.data.fingerprint):
+            raise CheckpointError(
+                f"the run in {where!r} cannot go on: the text or its tokenizer has changed since "
+                f"(fingerprint {fingerprint} then, {self.data.fingerprint} now)"
+            )
+
+    def _note(self, resumed: bool) -> None:
+        here = environment(self.trainer)
+        if resumed and (changes := environment_changes(self.folder.note.get("environment", {}), here)):
+            self.display.say(f"warning: the numbers will not be those of an uninterrupted run: {'; '.join(changes)}")
+        life = life_note(self.trainer.step)
+        self.folder.write(
+            name=self.recipe.name,
+            status="running",
+            started=self.folder.note.get("started", life["started"]),
+            ended=None,
+            error=None,
+            lives=[*self.folder.note.get("lives", []), life],
+            recipe=self.recipe.model_dump(mode="json"),
+            environment=here,
+            data=data_note(self.data),
+            model={
+                "parameters": self.parameters,
+                "active_parameters": self.active_parameters,
+                "vocab_size": self.trainer.model.config.vocab_size,
+            },
+            results=self.folder.note.get("results", {}),
+        )
+
+    def _tell_start(self) -> None:
+        counts = self.data.counts["train"]
+        text = ", ".join(f"{name} {counts[name].tokens:,}" for name in self.data.domains)
+        skipped = sum(skip.count for skip in self.data.skipped)
+        if skipped:
+            first = self.data.skipped[0]
+            self.display.say(
+                f"skipped {skipped} that could not be read (all in run.json), such as {first.path}: {first.reason}"
+            )
+        self.display.say(
+            f"{self.parameters / 1e6:.1f} M parameters, {self.active_parameters / 1e6:.1f} M per token; "
+            f"training tokens: {text}; {self.trainer.precision} on {self.trainer.device}; folder {self.folder.path}"
+        )
+        if self.trainer.step:
+            self.display.say(f"going on after step {self.trainer.step}")
+
+    def _save_model(self) -> None:
+        """``model/``: weights, configuration, generation settings, tokenizer; there as a whole or not at all."""
+        making = self.folder.path / "model.tmp"
+        shutil.rmtree(making, ignore_errors=True)
+        logging.disable_progress_bar()  # the display is ours
+        self.trainer.model.save_pretrained(making)
+        self.data.tokenizer.save_pretrained(making)
+        shutil.rmtree(self.folder.model, ignore_errors=True)
+        making.rename(self.folder.model)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Wait for the checkpoint in flight, name the last good one, and say in ``run.json`` how the run ended."""
+        try:
+            try:
+                yield
+            except NonFiniteError as error:
+                self.checkpoints.wait()
+                raise NonFiniteError(f"{error}; {self.checkpoints.good()}") from None
+            except MoesaicError:
+                raise
+            except Exception as error:
+                if not is_disk_full(error, self.folder.path):
+                    raise
+                raise self.checkpoints.failure("the run could not be recorded", error) from error
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            with contextlib.suppress(OSError):  # where the disk is full, the error itself matters more
+                self.folder.write(status=status, ended=now(), error=str(error) or type(error).__name__)
+            raise
+
+
+def _batches(recipe: Recipe, data: TokenData) -> Batches:
+    return Batches(
+        data.train,
+        sequence_length=recipe.data.sequence_length,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        mixture=recipe.data.mixture,
+    )
+
+
+def _check_space(run: RunFolder, recipe: Recipe, model: MoesaicForCausalLM) -> None:
+    """Refuse a disk that cannot hold the checkpoints and the model, before hours are spent on them."""
+    parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+    saves = recipe.train.steps // recipe.train.save_every if recipe.train.save_every else 1
+    # Weights and two moments each; one more than are kept exists while it is written.
+    needed = 3 * parameters * min(recipe.train.keep + 1, max(1, saves)) + parameters
+    existing = next(folder for folder in (run.path, *run.path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free + (run.size() if run.path.exists() else 0)
+    if free < needed:
+        raise NoSpaceError(
+            f"no space left for the run in {str(run.path)!r}: its checkpoints and model need {needed / 2**20:,.0f} MiB "
+            f"and {free / 2**20:,.0f} MiB are free; choose another folder with --out, or keep fewer with train.keep"
+        )
