@@ -115,31 +115,24 @@ def _padded(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity: int)
 
 def _rows_of_slots(y_ND: Tensor, inverse_TK: Tensor) -> Tensor:
     """``[T, K, D]``: the row of each slot, zeros for null slots."""
-    num_rows = y_ND.shape[0]
-    if num_rows == 0:
-        return y_ND.new_zeros(*inverse_TK.shape, y_ND.shape[1])
-    rows_TKD = y_ND[inverse_TK.clamp(max=num_rows - 1)]
-    return rows_TKD.masked_fill_((inverse_TK >= num_rows).unsqueeze(-1), 0.0)
-
-
-def _accumulator(y: Tensor) -> torch.dtype:
-    return torch.promote_types(y.dtype, torch.float32)
-
-
-def _contract(equation: str, rows_TKD: Tensor, other: Tensor) -> Tensor:
-    """The einsum in at least float32, under autocast too, which would round both factors."""
-    wide = _accumulator(rows_TKD)
-    with torch.autocast(rows_TKD.device.type, enabled=False):
-        return torch.einsum(equation, rows_TKD.to(wide), other.to(wide))
+    return _take(y_ND, inverse_TK.reshape(-1)).view(*inverse_TK.shape, y_ND.shape[1])
 
 
 def _tokens_of_rows(x_TD: Tensor, permutation: Tensor, top_k: int) -> Tensor:
     """``[N, D]``: the token of each row, zeros for padding rows."""
-    num_tokens = x_TD.shape[0]
-    if num_tokens == 0:
-        return x_TD.new_zeros(permutation.numel(), x_TD.shape[1])
-    token = permutation // top_k
-    return x_TD[token.clamp(max=num_tokens - 1)].masked_fill_((token >= num_tokens).unsqueeze(-1), 0.0)
+    return _take(x_TD, permutation // top_k)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of ``x`` by their ids; the id that follows the last one gives zeros.
+
+    Appending a row of zeros costs a copy of ``x``, a fraction of what masking the result would cost.
+    """
+    return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, rows)
+
+
+def _accumulator(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
 
 
 # Gather and combine are each other's transposes, and the permutation is a bijection: both directions are plain
@@ -165,7 +158,12 @@ class _GatherRows(torch.autograd.Function):
 class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(y_ND: Tensor, weights_TK: Tensor, permutation: Tensor, inverse_TK: Tensor) -> Tensor:
-        return _contract("tkd,tk->td", _rows_of_slots(y_ND, inverse_TK), weights_TK).to(y_ND.dtype)
+        rows_TKD = _rows_of_slots(y_ND, inverse_TK)
+        weights_TK = weights_TK.to(_accumulator(y_ND))
+        sum_TD = weights_TK.new_zeros(rows_TKD.shape[0], rows_TKD.shape[2])
+        for k in range(rows_TKD.shape[1]):  # a pass a slot needs no wide copy of all rows, as one contraction would
+            sum_TD.addcmul_(rows_TKD[:, k], weights_TK[:, k : k + 1])
+        return sum_TD.to(y_ND.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -180,6 +178,6 @@ class _CombineRows(torch.autograd.Function):
             flat = torch.cat([weights_TK.reshape(-1), weights_TK.new_zeros(1)])
             grad_y = grad_ND * flat[permutation].unsqueeze(-1).to(grad_ND.dtype)
         if ctx.needs_input_grad[1]:
-            grad_TK = _contract("tkd,td->tk", _rows_of_slots(y_ND, inverse_TK), grad_TD)
-            grad_weights = grad_TK.to(weights_TK.dtype)
+            wide, rows_TKD = _accumulator(y_ND), _rows_of_slots(y_ND, inverse_TK)
+            grad_weights = (rows_TKD.to(wide) * grad_TD.to(wide).unsqueeze(1)).sum(dim=-1).to(weights_TK.dtype)
         return grad_y, grad_weights, None, None
