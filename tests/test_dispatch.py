@@ -151,6 +151,7 @@ def test_gradients(ids: list[list[int]], experts: int, factor: float) -> None:
     dispatch = Dispatch.from_routing(routing, factor)
     x = torch.randn(len(ids), 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(dispatch.gather, x)
+    assert torch.autograd.gradgradcheck(dispatch.gather, x)
 
     rows = torch.randn(dispatch.permutation.numel(), 2, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(len(ids), len(ids[0]), dtype=torch.float64, requires_grad=True)
@@ -162,6 +163,7 @@ def test_gradients(ids: list[list[int]], experts: int, factor: float) -> None:
         )
 
     assert torch.autograd.gradcheck(combine, (rows, weights))
+    assert torch.autograd.gradgradcheck(combine, (rows, weights))
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, -1.0])

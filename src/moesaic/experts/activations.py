@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,12 +30,9 @@ class Activation:
     apply: Callable[[Tensor], Tensor]
 
 
-def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def apply(h_NG: Tensor) -> Tensor:
-        gate_NF, up_NF = h_NG.chunk(2, dim=-1)
-        return function(gate_NF) * up_NF
-
-    return apply
+def _gated(function: Callable[[Tensor], Tensor], h_NG: Tensor) -> Tensor:
+    gate_NF, up_NF = h_NG.chunk(2, dim=-1)
+    return function(gate_NF) * up_NF
 
 
 def _gelu_tanh(h: Tensor) -> Tensor:
@@ -50,4 +48,5 @@ for _name, _gate, _function in (
     ("gelu", False, F.gelu),
     ("gelu_tanh", False, _gelu_tanh),
 ):
-    ACTIVATIONS.register(_name)(Activation(_name, _gate, _gated(_function) if _gate else _function))
+    # A partial, not a closure: a module that holds one can be pickled.
+    ACTIVATIONS.register(_name)(Activation(_name, _gate, partial(_gated, _function) if _gate else _function))

@@ -21,17 +21,37 @@ class GroupedBackend(Backend):
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
-        biased = weights.up_bias is not None or weights.down_bias is not None
-        expert_of_row = dispatch.expert_of_row().clamp(max=weights.num_experts - 1) if biased else None
-        h_NG = grouped_matmul(x_ND, weights.up_EDG(), dispatch.offsets)
-        h_NF = weights.activation.apply(_add_bias(h_NG, weights.up_bias, expert_of_row))
-        y_ND = grouped_matmul(h_NF, weights.down_EFD(), dispatch.offsets)
-        y_ND = _add_bias(y_ND, weights.down_bias, expert_of_row)
+        h_NG = _add_bias(grouped_matmul(x_ND, weights.up_EDG(), dispatch.offsets), weights.up_bias, dispatch)
+        h_NF = weights.activation.apply(h_NG)
+        y_ND = _add_bias(grouped_matmul(h_NF, weights.down_EFD(), dispatch.offsets), weights.down_bias, dispatch)
         return dispatch.combine(y_ND if weights.post_norm is None else weights.post_norm(y_ND))
 
 
-def _add_bias(h_NX: Tensor, bias_EX: Tensor | None, expert_of_row: Tensor | None) -> Tensor:
-    return h_NX if bias_EX is None or expert_of_row is None else h_NX + bias_EX[expert_of_row]
+def _add_bias(h_NX: Tensor, bias_EX: Tensor | None, dispatch: Dispatch) -> Tensor:
+    if bias_EX is None:
+        return h_NX
+    expert_of_row = dispatch.expert_of_row().clamp(max=bias_EX.shape[0] - 1)
+    added: Tensor = _AddBias.apply(h_NX, bias_EX, expert_of_row, dispatch.offsets)  # type: ignore[no-untyped-call]
+    return added
+
+
+class _AddBias(torch.autograd.Function):
+    """Autograd's own gradient of the indexing would be summed in the bias's precision, by threads in any order."""
+
+    @staticmethod
+    def forward(h_NX: Tensor, bias_EX: Tensor, expert_of_row: Tensor, offsets_E: Tensor) -> Tensor:
+        return h_NX + bias_EX[expert_of_row]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[3])
+
+    @staticmethod
+    def backward(ctx: Any, grad_NX: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets_E,) = ctx.saved_tensors
+        # As many columns of ones as grouped_mm's alignment asks for; each gives the same sums.
+        ones = grad_NX.new_ones(grad_NX.shape[0], _ALIGNMENT // grad_NX.element_size())
+        return grad_NX, grouped_outer(ones, grad_NX, offsets_E)[:, 0], None, None
 
 
 def grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
@@ -40,18 +60,26 @@ def grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     Args:
         offsets_E: ``[E]`` int32, ascending ends of each expert's rows. Rows from ``offsets_E[-1]`` on give zeros.
     """
-    return torch.ops.moesaic.grouped_matmul(x_NI, w_EIO, offsets_E)  # type: ignore[no-any-return]
+    out_NO: Tensor = _GroupedMatmul.apply(x_NI, w_EIO, offsets_E)  # type: ignore[no-untyped-call]
+    return out_NO
 
 
-# ``grouped_mm`` as it comes cannot be compiled in float32, refuses odd strides, and leaves rows that belong to nobody
-# uninitialized. One custom op in front of it settles the three, and falls back to a matmul an expert.
+def grouped_outer(x_NI: Tensor, y_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    """``[E, I, O]``: for each expert, its rows of ``x`` transposed times its rows of ``y``; differentiable."""
+    out_EIO: Tensor = _GroupedOuter.apply(x_NI, y_NO, offsets_E)  # type: ignore[no-untyped-call]
+    return out_EIO
+
+
+# ``grouped_mm`` as it comes cannot be compiled in float32, refuses odd strides, returns padded ones, and leaves rows
+# that belong to nobody uninitialized. One custom op in front of it settles the four, and falls back to a matmul an
+# expert.
 
 
 @torch.library.custom_op("moesaic::grouped_matmul", mutates_args=())
 def _grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     num_rows, num_outputs = x_NI.shape[0], w_EIO.shape[2]
     if num_rows and _grouped_mm_takes(x_NI, w_EIO):
-        out_NO = F.grouped_mm(x_NI, w_EIO, offs=offsets_E)
+        out_NO = F.grouped_mm(x_NI, w_EIO, offs=offsets_E).contiguous()
         if x_NI.device.type != "cpu" or int(offsets_E[-1]) < num_rows:
             rows = torch.arange(num_rows, device=x_NI.device)
             out_NO.masked_fill_((rows >= offsets_E[-1]).unsqueeze(-1), 0.0)
@@ -67,20 +95,24 @@ def _(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moesaic::grouped_outer", mutates_args=())
-def _grouped_outer(x_NI: Tensor, grad_NO: Tensor, offsets_E: Tensor) -> Tensor:
-    """``[E, I, O]``: for each expert, its rows of ``x`` transposed times its rows of ``grad``."""
-    num_experts, num_inputs, num_outputs = offsets_E.shape[0], x_NI.shape[1], grad_NO.shape[1]
-    if x_NI.shape[0] and x_NI.device.type != "cpu" and _aligned(x_NI) and _aligned(grad_NO):
-        return F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
+def _grouped_outer(x_NI: Tensor, y_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    num_experts, num_inputs, num_outputs = offsets_E.shape[0], x_NI.shape[1], y_NO.shape[1]
+    if x_NI.shape[0] and x_NI.device.type != "cpu" and _aligned(x_NI) and _aligned(y_NO):
+        out_EIO = F.grouped_mm(x_NI.t(), y_NO, offs=offsets_E).contiguous()
+        if x_NI.device.type == "cuda" and torch.cuda.get_device_capability(x_NI.device) >= (10, 0):
+            # Blackwell's kernel leaves the experts without rows uninitialized (PyTorch issue 172439).
+            idle_E = offsets_E == torch.cat([offsets_E.new_zeros(1), offsets_E[:-1]])
+            out_EIO.masked_fill_(idle_E.view(-1, 1, 1), 0.0)
+        return out_EIO
     # On a CPU grouped_mm is a loop itself; this one leaves the experts without rows at zero for free.
     out_EIO = x_NI.new_zeros(num_experts, num_inputs, num_outputs)
-    _each_group(offsets_E, lambda e, rows: torch.mm(x_NI[rows].t(), grad_NO[rows], out=out_EIO[e]))
+    _each_group(offsets_E, lambda e, rows: torch.mm(x_NI[rows].t(), y_NO[rows], out=out_EIO[e]))
     return out_EIO
 
 
 @_grouped_outer.register_fake
-def _(x_NI: Tensor, grad_NO: Tensor, offsets_E: Tensor) -> Tensor:
-    return x_NI.new_empty(offsets_E.shape[0], x_NI.shape[1], grad_NO.shape[1])
+def _(x_NI: Tensor, y_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_NI.new_empty(offsets_E.shape[0], x_NI.shape[1], y_NO.shape[1])
 
 
 def _each_group(offsets_E: Tensor, work: Callable[[int, slice], object]) -> None:
@@ -91,25 +123,46 @@ def _each_group(offsets_E: Tensor, work: Callable[[int, slice], object]) -> None
             start = end
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _GroupedMatmul(torch.autograd.Function):
+    """The operator's gradient; not given to ``register_autograd``, which knows no ``torch.func`` transforms."""
+
+    @staticmethod
+    def forward(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+        return torch.ops.moesaic.grouped_matmul(x_NI, w_EIO, offsets_E)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, w_EIO, offsets_E = ctx.saved_tensors
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_matmul(grad_NO, w_EIO.transpose(1, 2), offsets_E)
+        if ctx.needs_input_grad[1]:
+            # The gradient in the weight's own memory order: a weight stored as [E, O, I] is seen here transposed.
+            if w_EIO.stride(-1) == 1:
+                grad_w = grouped_outer(x_NI, grad_NO, offsets_E)
+            else:
+                grad_w = grouped_outer(grad_NO, x_NI, offsets_E).transpose(1, 2)
+        return grad_x, grad_w, None
 
 
-def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x_NI, w_EIO, offsets_E = ctx.saved_tensors
-    grad_x = grad_w = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grouped_matmul(grad_NO, w_EIO.transpose(1, 2), offsets_E)
-    if ctx.needs_input_grad[1]:
-        # The gradient in the weight's own memory order: a weight stored as [E, O, I] is seen here transposed.
-        if w_EIO.stride(-1) == 1:
-            grad_w = torch.ops.moesaic.grouped_outer(x_NI, grad_NO, offsets_E)
-        else:
-            grad_w = torch.ops.moesaic.grouped_outer(grad_NO, x_NI, offsets_E).transpose(1, 2)
-    return grad_x, grad_w, None
+class _GroupedOuter(torch.autograd.Function):
+    @staticmethod
+    def forward(x_NI: Tensor, y_NO: Tensor, offsets_E: Tensor) -> Tensor:
+        return torch.ops.moesaic.grouped_outer(x_NI, y_NO, offsets_E)  # type: ignore[no-any-return]
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
-_grouped_matmul.register_autograd(_backward, setup_context=_save_for_backward)
+    @staticmethod
+    def backward(ctx: Any, grad_EIO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_NI, y_NO, offsets_E = ctx.saved_tensors
+        grad_x = grouped_matmul(y_NO, grad_EIO.transpose(1, 2), offsets_E)
+        return grad_x, grouped_matmul(x_NI, grad_EIO, offsets_E), None
 
 
 def _grouped_mm_takes(x_NI: Tensor, w_EIO: Tensor) -> bool:

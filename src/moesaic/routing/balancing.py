@@ -93,7 +93,7 @@ def mean_over_routed(values_TX: Tensor, routing: Routing) -> Tensor:
 
 
 def check_balancing(balancing: Mapping[str, float], router: type[Router]) -> None:
-    """Refuse unknown balancers, coefficients that are negative or not finite, and balancers that do not go with the router."""
+    """Refuse balancers that are unknown or do not go with the router, and coefficients below 0 or not finite."""
     for name, coefficient in balancing.items():
         BALANCERS.get(name).check(router)
         if not (math.isfinite(coefficient) and coefficient >= 0):
