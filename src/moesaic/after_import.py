@@ -6,12 +6,12 @@ and torch takes seconds. So the registration waits until somebody imports transf
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
@@ -23,22 +23,29 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
+    """Stays in the search path until the module has run: looking for a module is not yet importing it."""
+
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)  # so that the search below, and every later one, takes its usual way
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenAct(spec.loader, self.action)
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ThenAct(spec.loader, self)
+                return spec
+        return None
 
 
 class _ThenAct(Loader):
-    def __init__(self, loader: Loader, action: Callable[[], object]) -> None:
-        self.loader, self.action = loader, action
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -48,4 +55,5 @@ class _ThenAct(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        self.action()
+        sys.meta_path.remove(self.finder)
+        self.finder.action()
