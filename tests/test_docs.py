@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,8 @@ def test_the_picture_names_every_floor() -> None:
     picture = (ROOT / "docs" / "assets" / "house.svg").read_text()
     names = set(re.findall(r"[a-z]+", " ".join(re.findall(r'class="name[^>]*>([^<]+)<', picture))))
     assert {name for floor in FLOORS for name in floor} - {"after_import", "__main__"} <= names
+
+
+def test_the_table_of_recipe_keys_is_that_of_the_recipe() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "recipe_table.py"))
+    assert (ROOT / "docs" / "recipes.md").read_text() == script["page"](), "run scripts/recipe_table.py"
