@@ -105,7 +105,7 @@ def _layer(trace: RoutingTrace, layer: LayerTrace) -> dict[str, Any]:
 
 
 def _example(trace: RoutingTrace, layer: LayerTrace, expert: int, position: int) -> dict[str, Any]:
-    passage = trace.passages[int(trace.passage_ids[position])]
+    passage = trace.passage_of(position)
     before, text, after = context(trace, position)
     slot = int((layer.expert_ids[position] == expert).argmax())
     return {

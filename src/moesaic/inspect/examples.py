@@ -19,10 +19,14 @@ def pick_examples(
     """For each expert at most ``limit`` positions in the trace: of each of its top tokens in turn the occurrence with
     the largest weight in a passage that no earlier example is from, where there is one."""
     passages = trace.passage_ids
+    # All slots, grouped by expert.
+    order = np.argsort(layer.expert_ids, axis=None, kind="stable")
+    edges = np.searchsorted(layer.expert_ids.ravel()[order], np.arange(layer.num_experts + 1))
     chosen: list[list[int]] = []
     for expert, tokens in enumerate(tops):
-        rows, slots = np.nonzero(layer.expert_ids == expert)
-        ids, weights = trace.token_ids[rows], layer.weights[rows, slots]
+        slots = order[edges[expert] : edges[expert + 1]]
+        rows, weights = slots // layer.top_k, layer.weights.ravel()[slots]
+        ids = trace.token_ids[rows]
         found: list[int] = []
         for top in tokens[:limit]:
             of_token = ids == top.token
@@ -39,7 +43,6 @@ def _best(rows: IntArray, weights: FloatArray, passages: IntArray, found: Sequen
 
 def context(trace: RoutingTrace, position: int) -> tuple[str, str, str]:
     """(text before, text of the token, text after), within the passage, at most ``CONTEXT`` characters each side."""
-    passage = trace.passages[int(trace.passage_ids[position])]
     start, stop = (int(edge) for edge in trace.spans[position])
-    text = passage.text
+    text = trace.passage_of(position).text
     return text[max(0, start - CONTEXT) : start], text[start:stop], text[stop : stop + CONTEXT]

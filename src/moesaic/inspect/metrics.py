@@ -80,9 +80,9 @@ def domain_information(load_DE: FloatArray) -> float:
 
 def transition_counts(ids_from: IntArray, ids_to: IntArray, num_from: int, num_to: int) -> IntArray:
     """``[E, E']``: C(i, j) = Σ over tokens of (slots of expert i in one layer) · (slots of expert j in the other)."""
-    # In float64, which is exact here, because numpy multiplies integer matrices without BLAS.
-    product = _one_hot(ids_from, num_from).astype(np.float64).T @ _one_hot(ids_to, num_to).astype(np.float64)
-    return product.astype(np.int64)
+    real = (ids_from < num_from)[:, :, None] & (ids_to < num_to)[:, None, :]
+    cells = (ids_from[:, :, None] * num_to + ids_to[:, None, :])[real]
+    return np.bincount(cells, minlength=num_from * num_to).reshape(num_from, num_to)
 
 
 def transition_probabilities(counts: IntArray) -> FloatArray:
@@ -153,11 +153,6 @@ def top_tokens(
         kept = [t for t in best if gain[t, e] > 0]
         result.append([TopToken(int(ids[t]), int(counts[t, e]), float(lift[t, e])) for t in kept])
     return result
-
-
-def _one_hot(expert_ids: IntArray, num_experts: int) -> IntArray:
-    tokens = np.arange(len(expert_ids), dtype=np.int64)
-    return slot_counts(expert_ids, tokens, num_experts, len(expert_ids))
 
 
 def _normalize(counts: IntArray) -> FloatArray:

@@ -91,7 +91,8 @@ def _entropy_note(report: dict[str, Any]) -> str:
         return f"Here it is the entropy {full}."
     if not known:
         return f"Here it is the entropy {chosen}."
-    return f"In layers {', '.join(known)} it is the entropy {full}; in the others, {chosen}."
+    where = f"layer{'s' if len(known) > 1 else ''} {', '.join(known)}"
+    return f"In {where} it is the entropy {full}; in the others, {chosen}."
 
 
 def page_data(trace: RoutingTrace, report: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +122,10 @@ class RoutingTrace:
     def passage_ids(self) -> IntArray:
         """``[N]``: index into ``passages``."""
         return self._repeat(list(range(len(self.passages))))
+
+    def passage_of(self, position: int) -> Passage:
+        """The passage that a token belongs to; ``position`` from 0 to N - 1."""
+        return self.passages[bisect_right(self.passages, position, key=lambda passage: passage.start) - 1]
 
     def _repeat(self, values: Sequence[int]) -> IntArray:
         lengths = [passage.stop - passage.start for passage in self.passages]

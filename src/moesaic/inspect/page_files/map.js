@@ -1,6 +1,7 @@
 // The heat map of layers and experts, and the card of the expert that is chosen there.
 const state = { layer: 0, expert: 0, view: many ? "preference" : 0 };
 const cells = [];
+const NUMBERED = 20; // experts; with more of them a cell has no room for a number
 
 function describe(layer, expert) {
   const shares = layer.share.map((of, i) => `${i ? data.domains[i - 1] : "all"} ${percent(of[expert])}`);
@@ -13,7 +14,7 @@ function buildMap() {
   const columns = Math.max(...data.layers.map((layer) => layer.experts));
   const roomy = columns <= 32;
   const height = data.layers.length <= 8 ? 40 : data.layers.length <= 16 ? 28 : 16;
-  const narrowest = roomy ? 14 : 7;
+  const narrowest = roomy ? 14 : 4;
   const grid = el("div", {
     class: "grid", role: "grid", "aria-label": "Layers and experts",
     style: `grid-template-columns: auto repeat(${columns}, minmax(${narrowest}px, 1fr)); --height: ${height}px; ` +
@@ -64,7 +65,7 @@ function paintMap() {
       label = (100 * layer.share[state.view][e]).toFixed(0);
     }
     cell.className = `cell ${level}`;
-    cell.textContent = layer.experts <= 20 ? label : "";
+    cell.textContent = layer.experts <= NUMBERED ? label : "";
     cell.setAttribute("aria-label", describe(layer, e).replaceAll("\n", "; "));
   }));
   for (const button of byId("views").children) button.setAttribute("aria-pressed", String(button.view === state.view));
@@ -77,17 +78,19 @@ function paintLegend() {
   });
   const steps = Array.from({ length: 17 }, (_, i) => i / 16);
   if (state.view === "preference") {
-    const scales = data.domains.map((name, d) =>
-      el("span", {}, "no preference", ramp((s) => preferenceColor(d, s), steps), `only ${name}`));
+    const scales = data.domains.map((name, d) => el("span", {}, ramp((s) => preferenceColor(d, s), steps), `only ${name}`));
     const both = el("span", {}, `only ${data.domains[0]}`, ramp((s) => preferenceColor(0, 1 - s), steps), "no preference",
       ramp((s) => preferenceColor(1, s), steps), `only ${data.domains[1]}`);
-    byId("legend").replaceChildren(...(data.domains.length === 2 ? [both] : scales));
-    byId("map-note").textContent = "Numbers: percent of the expert's tokens from the domain of its colour, as if every domain had equally many. Choose a cell to open its expert.";
+    byId("legend").replaceChildren(...(data.domains.length === 2 ? [both] : [el("span", {}, "From no preference to:"), ...scales]));
   } else {
     byId("legend").replaceChildren(el("span", {}, "no token", ramp(loadColor, steps), "an even share",
       ramp((s) => loadColor(1 + 3 * s), steps), "four times that"));
-    byId("map-note").textContent = "Numbers: percent of the tokens that the expert takes part in. Choose a cell to open its expert.";
   }
+  const meaning = state.view === "preference"
+    ? "percent of the expert's tokens from the domain of its colour, as if every domain had equally many"
+    : "percent of the tokens that the expert takes part in";
+  const shown = data.layers.some((layer) => layer.experts <= NUMBERED) ? `Numbers: ${meaning}. ` : "";
+  byId("map-note").textContent = shown + "Choose a cell to open its expert.";
 }
 
 function buildViews() {
