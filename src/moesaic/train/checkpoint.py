@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -97,7 +98,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     try:
         load(state, checkpoint_id=checkpoint.path)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    except Exception as error:  # the reader raises what its parts do, and a type of its own
+    except (Exception, CheckpointException) as error:  # torch's is no Exception, but a BaseException
         reason = " ".join(str(_root_cause(error)).split())[:300]
         raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error
     torch.set_rng_state(state["random"]["cpu"])
@@ -137,6 +138,7 @@ class Checkpoints:
             # Returns when the copy is made; from then on training may change the tensors.
             written = async_save(state, checkpoint_id=making)
         except Exception as error:
+            shutil.rmtree(making, ignore_errors=True)
             self._failure = (step, error)
             self.check()
         # Not a daemon: a process that ends for another reason still finishes its checkpoint.
@@ -145,10 +147,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until nothing is being written; raises as :meth:`check` does."""
+        self.join()
+        self.check()
+
+    def join(self) -> None:
+        """Until nothing is being written, whether it succeeded or not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
 
     def check(self) -> None:
         """Raise :class:`TrainingError` where a checkpoint could not be written."""

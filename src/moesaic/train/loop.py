@@ -57,7 +57,8 @@ class Trainer:
         self.seconds = 0.0
         self._meter = RoutingMeter(model)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+            # The first name is transformers' since 5.20 or so, which deprecates the second.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self._forward: Any = torch.compile(model) if settings.compile else model
 
     def train_step(self) -> StepMetrics:

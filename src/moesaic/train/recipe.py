@@ -119,31 +119,23 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, Any]:
         """Dotted key to value, as JSON stores it; tables (``model.balancing``) are one value each."""
-        return flatten(self.model_dump(mode="json"))
+        flat = {"name": self.name}
+        for section in SECTIONS:
+            values = getattr(self, section).model_dump(mode="json")
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        return flat
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What another recipe, in the form of :meth:`flat`, says otherwise; keys that change no number are left out."""
-        own = self.flat()
-        keys = [key for key in {**own, **other} if key not in HARMLESS]
+    def differences(self, then: Recipe) -> list[str]:
+        """What an earlier recipe said otherwise; keys that change no number are left out."""
+        before = then.flat()
         return [
-            f"{key} ({other.get(key, 'unset')!r} then, {own.get(key, 'unset')!r} now)"
-            for key in keys
-            if own.get(key) != other.get(key)
+            f"{key} ({before[key]!r} then, {value!r} now)"
+            for key, value in self.flat().items()
+            if before[key] != value and key not in HARMLESS
         ]
 
 
 SECTIONS: dict[str, type[Section]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
-
-
-def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as nested tables to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if key in SECTIONS and isinstance(value, dict):
-            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def known_keys() -> dict[str, FieldInfo]:

@@ -21,8 +21,9 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a recipe; without a path, the default one.
 
     Args:
-        overrides: ``key=value`` each. The key is dotted (``train.steps``), or bare where only one section has it; the
-            value is TOML, or a string where it is no TOML. A key of a table (``model.balancing.z_loss``) adds to it.
+        overrides: ``key=value`` each. The key is dotted (``train.steps``) or bare (``steps``: no two sections share
+            one); the value is TOML, or a string where it is no TOML. A key of a table (``model.balancing.z_loss``)
+            adds to it.
 
     Raises:
         UsageError: where the file is missing or unreadable.
@@ -51,7 +52,7 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def recorded_recipe(tables: dict[str, Any], where: str) -> Recipe:
     """A recipe that a run wrote down (JSON tables); ``where`` names its file in an error."""
-    return _validated(tables, where)
+    return _validated(tables, repr(where))
 
 
 def _read(path: Path) -> Recipe:
@@ -63,7 +64,7 @@ def _read(path: Path) -> Recipe:
         raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {str(path)!r} is not TOML: {error}") from None
-    return _validated({"name": path.stem, **tables}, str(path))
+    return _validated({"name": path.stem, **tables}, repr(str(path)))
 
 
 def _value(text: str) -> Any:
@@ -82,8 +83,6 @@ def _full_key(name: str) -> list[str]:
         matches = [key for key in keys if key.split(".")[-1] == name]
         if not matches:
             raise _unknown(name, COMMAND_LINE)
-        if len(matches) > 1:
-            raise ConfigError(f"the recipe key {name!r} on {COMMAND_LINE} could be {' or '.join(matches)}")
         return matches[0].split(".")
     if ".".join(name.split(".")[:2]) not in keys:
         raise _unknown(name, COMMAND_LINE)
@@ -143,7 +142,7 @@ def _allowed(kind: Any, metadata: Sequence[Any]) -> str:
         return _allowed(inner[0], [*_flattened(kind.__metadata__), *metadata])
     origin = getattr(kind, "__origin__", None)
     if origin is list:
-        return f"a list, each {_allowed(inner[0], ())}"
+        return ", ".join(["a list", *bounds, f"each {_allowed(inner[0], ())}"])
     if origin is tuple:
         return f"a list of {len(inner)}, each {_allowed(inner[0], ())}"
     if origin is dict:

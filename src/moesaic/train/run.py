@@ -24,7 +24,7 @@ from moesaic.train.loop import NonFiniteError, Trainer, repeatable
 from moesaic.train.metrics import MetricsLog
 from moesaic.train.model import build_model, check, count_parameters
 from moesaic.train.precision import choose_device, choose_precision
-from moesaic.train.recipe import Recipe, flatten
+from moesaic.train.recipe import Recipe
 from moesaic.train.recipe_file import load_recipe, override, recorded_recipe
 from moesaic.train.signals import StopRequest
 
@@ -145,12 +145,13 @@ class _Run:
                     return self._finish(log, stop)
             finally:
                 self.display.close()
+                self.checkpoints.join()
                 with contextlib.suppress(OSError):  # a full disk has been reported by then
                     log.close()
 
     def _train(self, log: MetricsLog, stop: StopRequest) -> None:
         settings, trainer = self.recipe.train, self.trainer
-        if not trainer.step and not stop.received:
+        if not trainer.step:
             self.folder.write(results={"before": plain(self._validate(log))})
         self.display.begin(trainer.step, settings.steps)
         while trainer.step < settings.steps and not stop.received:
@@ -218,20 +219,20 @@ class _Run:
         if checkpoint is None:
             # Killed before its first checkpoint: the run has nothing to go back to, but nothing that differs either.
             self.display.say("there is no checkpoint yet: starting from the beginning")
-            self._refuse_differences(self.folder.note["recipe"], self.folder.note.get("data", {}).get("fingerprint"))
+            self._refuse_differences(self.folder.note["recipe"], self.folder.note["data"]["fingerprint"])
             return
         self._refuse_differences(checkpoint.about["recipe"], checkpoint.about["data"])
         self.trainer.restore(checkpoint)
         self.checkpoints.last_good = checkpoint.path
 
-    def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str | None) -> None:
+    def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str) -> None:
         where = str(self.folder.path)
-        if differences := self.recipe.differences(flatten(recipe)):
+        if differences := self.recipe.differences(recorded_recipe(recipe, where)):
             raise CheckpointError(
                 f"the run in {where!r} cannot go on with another recipe: {'; '.join(differences)}; "
                 "leave them as they were, or start anew in another folder"
             )
-        if fingerprint not in (None, self.data.fingerprint):
+        if fingerprint != self.data.fingerprint:
             raise CheckpointError(
                 f"the run in {where!r} cannot go on: the text or its tokenizer has changed since "
                 f"(fingerprint {fingerprint} then, {self.data.fingerprint} now)"
