@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from moesaic import MoesaicConfig, MoesaicForCausalLM
 from moesaic.cli.main import run
-from moesaic.data import Document, train_tokenizer
+from moesaic.data import Document, load_corpus, split_corpus, train_tokenizer
+from moesaic.inspect import RoutingTrace
 
 SIZES = {
     "vocab_size": 300,
@@ -74,6 +76,25 @@ def test_json(models: Path, data: list[str], capsys: pytest.CaptureFixture[str],
     assert told["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert told["report"] == json.loads((tmp_path / "out" / "report.json").read_text())
     assert run(arguments) == 0  # replaces its own earlier report
+
+
+def test_a_run_is_inspected_on_what_it_held_out(
+    models: Path, data: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(30):
+        (texts / f"{i}.txt").write_text(f"# file number {i}\n{CODE}")
+    shutil.copytree(models / "ours", tmp_path / "my-run" / "model")
+    recipe = {"name": "r", "data": {"sources": [f"own={texts}"], "validation_fraction": 0.3}}
+    (tmp_path / "my-run" / "run.json").write_text(json.dumps({"recipe": recipe, "status": "finished"}))
+    assert run(["inspect", "my-run", "--tokens", "100000"]) == 0
+    report = json.loads((tmp_path / "my-run" / "report" / "report.json").read_text())
+    assert report["model"]["name"] == "my-run"
+    assert [domain["name"] for domain in report["data"]["domains"]] == ["own"]
+    trace = RoutingTrace.load(tmp_path / "my-run" / "report" / "trace.npz")
+    held_out = split_corpus(load_corpus([f"own={texts}"]), 0.3)[1]
+    assert {passage.document for passage in trace.passages} == {document.name for document in held_out}
 
 
 def test_unreadable_files_are_named(

@@ -29,8 +29,9 @@ const visible = (token) =>
 const domainColor = (d) => `var(--d${Math.min(d, 6)})`;
 const mix = (a, b, part) => `color-mix(in oklab, ${a} ${(100 * part).toFixed(1)}%, ${b})`;
 
-// Load against an even share, 0 to infinity, on a scale with the even share in its middle.
-const loadLevel = (ratio) => ratio / (1 + ratio);
+// Load against an even share, 0 to infinity, on a scale with the even share in its middle: the logistic function of
+// 2 log(ratio), so that twice and half an even share are equally far from it.
+const loadLevel = (ratio) => (ratio * ratio) / (1 + ratio * ratio);
 const loadColor = (ratio) => {
   const level = loadLevel(ratio);
   return level < 0.5 ? mix("var(--mid)", "var(--lo)", 2 * level) : mix("var(--hi)", "var(--mid)", 2 * level - 1);

@@ -84,13 +84,14 @@ function paintLegend() {
     byId("legend").replaceChildren(...(data.domains.length === 2 ? [both] : [el("span", {}, "From no preference to:"), ...scales]));
   } else {
     byId("legend").replaceChildren(el("span", {}, "no token", ramp(loadColor, steps), "an even share",
-      ramp((s) => loadColor(1 + 3 * s), steps), "four times that"));
+      ramp((s) => loadColor(1 + 2 * s), steps), "three times that"));
   }
   const meaning = state.view === "preference"
     ? "percent of the expert's tokens from the domain of its colour, as if every domain had equally many"
     : "percent of the tokens that the expert takes part in";
-  const shown = data.layers.some((layer) => layer.experts <= NUMBERED) ? `Numbers: ${meaning}. ` : "";
-  byId("map-note").textContent = shown + "Choose a cell to open its expert.";
+  const numbered = data.layers.some((layer) => layer.experts <= NUMBERED);
+  byId("map-note").replaceChildren(numbered ? el("span", { class: "numbers" }, `Numbers: ${meaning}. `) : "",
+    "Choose a cell to open its expert.");
 }
 
 function buildViews() {
