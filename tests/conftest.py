@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,15 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOESAIC_CACHE", str(folder))
         yield folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which experts classes of transformers this run compared with their own code."""
+    outcomes: dict[str, set[str]] = {"passed": set(), "failed": set()}
+    for outcome, names in outcomes.items():
+        for report in terminalreporter.stats.get(outcome, []):
+            names |= {str(value) for key, value in report.user_properties if key == "compared with eager"}
+    if covered := sorted(outcomes["passed"] - outcomes["failed"]):
+        version = metadata.version("transformers")
+        terminalreporter.write_sep("-", f"{len(covered)} experts classes of transformers {version} equal eager")
+        terminalreporter.write_line(textwrap.fill(", ".join(covered), 110))

@@ -104,7 +104,10 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda f: cut(f / "model.safetensors", 0.5), "the weights in .* cannot be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), "the weights in .* cannot be loaded"),
         (lambda f: (f / "tokenizer.json").write_text("[]"), "the tokenizer in .* cannot be read"),
-        (lambda f: byte_tokenizer(VOCABULARY + 5).save_pretrained(f), "does not fit the model: its highest token id is 68"),
+        (
+            lambda f: byte_tokenizer(VOCABULARY + 5).save_pretrained(f),
+            "does not fit the model: its highest token id is 68",
+        ),
     ],
 )
 def test_damaged_folders_are_refused_in_one_line(broken: Path, damage: object, message: str) -> None:

@@ -6,6 +6,7 @@ Importing this registers both with transformers.
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moesaic.hf.configuration import MoesaicConfig
@@ -14,6 +15,8 @@ from moesaic.hf.export import export_qwen3_moe
 from moesaic.hf.modeling import MoesaicForCausalLM, MoesaicModel
 
 ALL_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
+# Experts in 8 bits have an interface of their own. We do not run them, and say so there too.
+ALL_FP8_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
 AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
 AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
@@ -79,6 +80,8 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
         raise _unsupported(module, f"it has no tensor {name!r} (quantized or custom storage)")
+    if is_traceable_wrapper_subclass(value):
+        raise _unsupported(module, f"{name} is a {type(value).__name__} (quantized or distributed storage)")
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise _unsupported(module, f"{name} is stored as {value.dtype}; float32, bfloat16 and float16 are supported")
     return value
@@ -99,7 +102,8 @@ def _activation(module: nn.Module, gated: bool) -> Activation:
     plain, gate = _NAMES.get(type(getattr(module, "act_fn", None)), (None, None))
     if not gated:
         return ACTIVATIONS.get(plain) if plain else Activation("custom", False, _own(module, "act_fn"))
-    default_gate = getattr(type(module), "_apply_gate", None) is _default_apply_gate
+    # Asked of the instance: a gate of its own may have been put there.
+    default_gate = getattr(getattr(module, "_apply_gate", None), "__func__", None) is _default_apply_gate
     if default_gate and not _flag(module, "is_concatenated"):
         raise _unsupported(module, "gate and up are interleaved, but it has no _apply_gate of its own to part them")
     return ACTIVATIONS.get(gate) if gate and default_gate else Activation("custom", True, _own(module, "_apply_gate"))
