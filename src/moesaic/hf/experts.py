@@ -80,7 +80,8 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
         raise _unsupported(module, f"it has no tensor {name!r} (quantized or custom storage)")
-    if is_traceable_wrapper_subclass(value):
+    wrapper: bool = is_traceable_wrapper_subclass(value)
+    if wrapper:
         raise _unsupported(module, f"{name} is a {type(value).__name__} (quantized or distributed storage)")
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise _unsupported(module, f"{name} is stored as {value.dtype}; float32, bfloat16 and float16 are supported")
