@@ -45,7 +45,7 @@ class MoE(nn.Module):
         # Slots per expert since the last optimizer step; always zero between steps, hence not in checkpoints.
         self.register_buffer("slot_counts", torch.zeros(c.num_experts, dtype=torch.int64), persistent=False)
         self.last_routing = None
-        self.aux_loss = torch.zeros(())
+        self.aux_loss = _no_loss()
 
     def forward(
         self,
@@ -109,7 +109,12 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last forward left hangs on its autograd graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "last_routing": None, "aux_loss": torch.zeros(())}
+        return {**self.__dict__, "last_routing": None, "aux_loss": _no_loss()}
+
+
+def _no_loss() -> Tensor:
+    # On the CPU even where a model is built on the meta device: loading puts values into parameters and buffers only.
+    return torch.zeros((), device="cpu")
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -42,6 +42,10 @@ class MoesaicConfig(Qwen3MoeConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.router_options = self.router_options or {}
         self.balancing = self.balancing or {}
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if getattr(self, "head_dim", None) is None and self.hidden_size % heads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.routing.router import ROUTERS, Router
@@ -52,6 +52,13 @@ class SigmoidTopK(Router):
         self.num_groups, self.top_groups = num_groups, top_groups
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.slots(top_k)
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the gate's weight, and forget the selection bias."""
+        super().reset_parameters(std)
+        bias = self._buffers.get("selection_bias")  # not there yet while the base class is built
+        if bias is not None:
+            nn.init.zeros_(bias)
 
     def slots(self, top_k: int | None) -> int:
         top_k = super().slots(top_k)
