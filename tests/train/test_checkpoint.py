@@ -141,7 +141,7 @@ def test_of_another_model_it_is_refused(folder: Path, trainer: Trainer, corpus: 
     found, _ = newest_good(folder)
     assert found is not None
     other = tiny.trainer_of(tiny.recipe(corpus, "d_ff=32"))
-    with pytest.raises(CheckpointError, match="cannot be loaded: .*experts"):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*experts"):
         other.restore(found)
 
 
@@ -188,9 +188,13 @@ def test_a_full_disk_keeps_the_last_good_one_and_names_it(
 ) -> None:
     checkpoints = saved(folder, trainer, 1, keep=1)
     monkeypatch.setattr(owner, name, fail(FULL))
-    with pytest.raises(NoSpaceError) as raised:
+
+    def save_and_wait() -> None:
         save(checkpoints, trainer, 2)
         checkpoints.wait()
+
+    with pytest.raises(NoSpaceError) as raised:
+        save_and_wait()
     assert raised.value.exit_code == 2
     assert "the checkpoint of step 2 could not be written: no space left on the disk" in str(raised.value)
     assert f"the last good checkpoint is {str(folder / 'step-00000001')!r}" in str(raised.value)

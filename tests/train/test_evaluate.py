@@ -167,5 +167,5 @@ def test_a_wrong_split_or_a_damaged_note_is_explained(run: Path, tmp_path: Path)
         evaluate_folder(run, split="test")
     (tmp_path / "model").symlink_to(run / "model")
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match="run.json' cannot be read"):
+    with pytest.raises(CheckpointError, match=r"run\.json' cannot be read"):
         evaluate_folder(tmp_path)

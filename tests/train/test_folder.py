@@ -149,7 +149,7 @@ def test_without_a_run_there_is_nothing_to_resume(tmp_path: Path, resume: str) -
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": 3}'])
 def test_a_damaged_note_is_explained(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(CheckpointError, match="run.json"):
+    with pytest.raises(CheckpointError, match=r"run\.json"):
         RunFolder(tmp_path).read()
 
 

@@ -135,7 +135,7 @@ def test_a_table_is_replaced_and_its_keys_are_added() -> None:
 
 
 def test_a_value_cannot_smuggle_in_another_key() -> None:
-    with pytest.raises(ConfigError, match="train.steps is '7"):
+    with pytest.raises(ConfigError, match=r"train\.steps is '7"):
         load_recipe(None, ["train.steps=7\nseed = 8"])
 
 
@@ -154,7 +154,7 @@ def test_a_recorded_recipe_comes_back_equal() -> None:
 def test_differences_name_the_keys_and_leave_out_the_harmless_ones() -> None:
     harmless = ["name=other", "eval_every=5", "eval_tokens=6", "save_every=7", "keep=8"]
     changed = load_recipe(None, [*harmless, "steps=9", "model.balancing={}"])
-    assert set(harmless_key.split("=")[0] for harmless_key in harmless) == {key.split(".")[-1] for key in HARMLESS}
+    assert {word.split("=")[0] for word in harmless} == {key.split(".")[-1] for key in HARMLESS}
     assert changed.differences(Recipe()) == [
         "model.balancing ({'load_balancing': 0.01} then, {} now)",
         f"train.steps ({Recipe().train.steps} then, 9 now)",

@@ -87,7 +87,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "metrics.jsonl"
         _take_back(path, step)
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8", buffering=1)  # by line: others may be watching
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def step(self, metrics: StepMetrics) -> None:

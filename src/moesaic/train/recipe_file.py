@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ def _read(path: Path) -> Recipe:
         raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {str(path)!r} is not TOML: {error}") from None
-    return _validated({"name": path.stem, **tables}, repr(str(path)))
+    name = re.sub(r"[^\w.-]+", "_", path.stem).lstrip(".-") or "recipe"
+    return _validated({"name": name, **tables}, repr(str(path)))
 
 
 def _value(text: str) -> Any:

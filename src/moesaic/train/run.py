@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from moesaic.data import Batches, TokenData, prepare
-from moesaic.errors import CheckpointError, Interrupted, MoesaicError, UsageError
+from moesaic.data import Batches, TokenData, prepare, validation_windows
+from moesaic.errors import CheckpointError, DataError, Interrupted, MoesaicError, UsageError
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.train.checkpoint import Checkpoints, NoSpaceError, is_disk_full, newest_good
 from moesaic.train.describe import data_note, environment, environment_changes, life_note, now, plain
@@ -113,6 +113,7 @@ def train(
             cache_dir=cache_dir,
         )
         batches = _batches(recipe, data)
+        _check_validation(recipe, data)
         model = build_model(recipe, data.vocab_size, data.tokenizer, device)
         precision = choose_precision(recipe.train.precision, device)
         trainer = Trainer(model, batches, recipe.train, device, precision)
@@ -301,6 +302,7 @@ class _Run:
             except Exception as error:
                 if not is_disk_full(error, self.folder.path):
                     raise
+                self.checkpoints.join()
                 raise self.checkpoints.failure("the run could not be recorded", error) from error
         except BaseException as error:
             status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
@@ -317,6 +319,13 @@ def _batches(recipe: Recipe, data: TokenData) -> Batches:
         seed=recipe.train.seed,
         mixture=recipe.data.mixture,
     )
+
+
+def _check_validation(recipe: Recipe, data: TokenData) -> None:
+    try:
+        validation_windows(data.validation, recipe.data.sequence_length)
+    except DataError as error:
+        raise DataError(f"the part held out for validation is too small: {error}") from None
 
 
 def _check_space(run: RunFolder, recipe: Recipe, model: MoesaicForCausalLM) -> None:
