@@ -19,7 +19,9 @@ def command(
     ] = None,
     split: Annotated[
         str,
-        typer.Option(help="validation: the held-out part; all: everything. Default: all for --data PATH, else validation."),
+        typer.Option(
+            help="validation: the held-out part; all: everything. Default: all for --data PATH, else validation."
+        ),
     ] = "",
     sequence_length: Annotated[int, typer.Option(help="Tokens a window; 0: 1024, or less for a short text.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens a domain; 0 for all.")] = 0,
