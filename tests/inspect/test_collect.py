@@ -152,7 +152,7 @@ def test_the_trace_is_what_the_routers_decided(
         with torch.no_grad():
             outputs = model(input_ids=ids[None], output_router_logits=True)
         if getattr(outputs, "router_logits", None) is None:
-            pytest.skip("transformers before 5.18 does not record DeepSeek-V3's router logits")
+            pytest.skip("this transformers does not record DeepSeek-V3's router logits")
         for layer, logits_TE in zip(trace.layers, outputs.router_logits, strict=True):
             # No router here has a selection bias that is not zero, so the largest scores are the chosen ones.
             scores_TE = scores(logits_TE.reshape(-1, EXPERTS))
@@ -222,11 +222,11 @@ def test_progress_and_the_longest_sequence(tokenizer: PreTrainedTokenizerBase) -
         tokenizer,
         DOCUMENTS,
         name="x",
-        max_tokens=64,
+        max_tokens=60,
         progress=lambda *n: seen.append(n),
     )
     assert max(passage.stop - passage.start for passage in trace.passages) == 16
-    assert seen == [(n + 1, len(trace.passages)) for n in range(len(trace.passages))]
+    assert seen == [(16, 60), (30, 60), (46, 60), (60, 60)]  # neighbours of different lengths go alone
 
 
 def test_a_dense_model_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -254,7 +254,7 @@ def test_rows_that_are_not_the_tokens_are_refused(
     monkeypatch.setattr(
         layer, "forward", lambda x: torch.nn.functional.pad(inner(x[:, ::2]), (0, 0, 0, x.shape[1] // 2))
     )
-    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp \(MoE\) routed 10 rows where there were 20 tokens"):
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp \(MoE\) routed 20 rows where there were 40 tokens"):
         collected(model, tokenizer)
     assert isinstance(layer, MoE)
 

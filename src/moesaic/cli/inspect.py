@@ -30,6 +30,9 @@ def command(
     ] = False,
 ) -> None:
     """Run text through our model, or any MoE of transformers on disk, and write a report of its routing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from moesaic.cli.output import print_json
     from moesaic.hf.load import load_model
     from moesaic.inspect import check_out, collect, read_documents, write_report
@@ -47,7 +50,17 @@ def command(
     )
     for skipped in corpus.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
-    report = write_report(collect(loaded, tokenizer, corpus.documents, name=name, max_tokens=tokens), folder)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("tokens", total=None)
+        trace = collect(
+            loaded,
+            tokenizer,
+            corpus.documents,
+            name=name,
+            max_tokens=tokens,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    report = write_report(trace, folder)
     if as_json:
         print_json({"folder": folder, "files": sorted(path.name for path in folder.iterdir()), "report": report})
         return

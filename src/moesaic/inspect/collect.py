@@ -17,11 +17,12 @@ from moesaic.data import Document, check_fits
 from moesaic.errors import UnsupportedError, UsageError
 from moesaic.hf import is_experts_module
 from moesaic.inspect.passages import cut_passages, vocabulary_of
-from moesaic.inspect.trace import LayerTrace, ModelFacts, RoutingTrace
+from moesaic.inspect.trace import LayerTrace, ModelFacts, Passage, RoutingTrace
 from moesaic.layer import MoE
 
 DEFAULT_TOKENS = 16384
 DEFAULT_SEQUENCE_LENGTH = 256
+_BATCH_TOKENS = 2048
 _LOGITS_AGREE = 0.02
 """Largest mean difference between the weights that a layer used and those that its logits give (bfloat16 rounding)."""
 
@@ -38,11 +39,11 @@ def collect(
 ) -> RoutingTrace:
     """Trace about ``max_tokens`` tokens of ``documents``, every domain alike, through every MoE layer of ``model``.
 
-    Each passage of at most ``sequence_length`` tokens is one forward of its own, without padding and without a
-    gradient. The model is ours, or any of transformers whose experts take part in its experts interface.
+    A passage of at most ``sequence_length`` tokens sees nothing but itself; there is no padding and no gradient. The
+    model is ours, or any of transformers whose experts take part in its experts interface.
 
     Args:
-        name: what to call the model. progress: called with the passages done and their number.
+        name: what to call the model. progress: called with the tokens done and their number.
 
     Raises:
         UsageError: where the model has no MoE layer that can be watched; its subclass ConfigError for a number out
@@ -58,12 +59,13 @@ def collect(
     )
     ids = torch.from_numpy(tokens.token_ids).to(embedding.device)
     with _watching(watched) as records, _in_eval(model), torch.no_grad():
-        for number, passage in enumerate(tokens.passages):
-            logits = _router_logits(model, ids[None, passage.start : passage.stop])
+        for batch in _batches(tokens.passages):
+            stop = batch[-1].stop
+            logits = _router_logits(model, ids[batch[0].start : stop].view(len(batch), -1))
             for i, record in enumerate(records):
-                record.finish(passage.stop, logits[i] if len(logits) == len(records) else None)
+                record.finish(stop, logits[i] if len(logits) == len(records) else None)
             if progress:
-                progress(number + 1, len(tokens.passages))
+                progress(stop, len(ids))
     return RoutingTrace(
         model=_facts(model, name, records),
         passages=tokens.passages,
@@ -72,6 +74,19 @@ def collect(
         vocabulary=vocabulary_of(tokenizer, tokens),
         layers=[record.layer_trace(number) for number, record in enumerate(records)],
     )
+
+
+def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
+    """Neighbours of one length, so that none has to be padded; their tokens follow each other in the trace."""
+    batch: list[Passage] = []
+    for passage in passages:
+        length = passage.stop - passage.start
+        if batch and (batch[0].stop - batch[0].start != length or (len(batch) + 1) * length > _BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(passage)
+    if batch:
+        yield batch
 
 
 @dataclass
@@ -90,8 +105,8 @@ class _Record:
     def add(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
         if expert_ids_TK.ndim != 2 or expert_ids_TK.is_floating_point():
             raise UnsupportedError(f"{self.name} ({type(self.module).__name__}) is not told which experts tokens take")
-        self.expert_ids.append(expert_ids_TK.detach().long().clamp(max=self.num_experts).cpu())
-        self.weights.append(weights_TK.detach().double().cpu())
+        self.expert_ids.append(expert_ids_TK.detach().cpu().long().clamp(max=self.num_experts))
+        self.weights.append(weights_TK.detach().cpu().double())
 
     def finish(self, num_tokens: int, logits_TE: Tensor | None) -> None:
         """After a forward: check that all ``num_tokens`` so far were routed once, and complete their entropy."""
@@ -162,7 +177,7 @@ def _after_moe(record: _Record) -> Callable[..., None]:
         routing = layer.last_routing
         assert routing is not None  # the forward that has just ended set it
         record.add(routing.expert_ids, routing.weights)
-        record.entropies.append(score_entropy(routing.scores.detach().double().cpu()))
+        record.entropies.append(score_entropy(routing.scores.detach().cpu().double()))
         record.sources.add("scores")
         if routing.dropped is not None:
             record.dropped += int(routing.dropped)
@@ -194,7 +209,7 @@ def _router_logits(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     known = any("router_logits" in (getattr(part, "_can_record_outputs", None) or {}) for part in (model, body))
     outputs = body(input_ids=ids, use_cache=False, **({"output_router_logits": True} if known else {}))
     found = getattr(outputs, "router_logits", None) if known else None
-    return [logits.detach().double().cpu().flatten(0, -2) for logits in found or () if isinstance(logits, Tensor)]
+    return [logits.detach().cpu().double().flatten(0, -2) for logits in found or () if isinstance(logits, Tensor)]
 
 
 def score_entropy(scores_TE: Tensor) -> Tensor:
