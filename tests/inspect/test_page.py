@@ -118,7 +118,7 @@ def test_the_same_trace_gives_the_same_page(page: str, trace: RoutingTrace) -> N
 
 
 def test_a_large_model_stays_small() -> None:
-    trace = made_up_trace([(128, 8)] * 48, ("a", "b", "c"), tokens_per_passage=256, passages_per_domain=16)
+    trace = made_up_trace([(128, 8)] * 48, ("a", "b", "c"), tokens_per_passage=256, passages_per_domain=10)
     report = analyze(trace)
     page = render_page(trace, report, find(report))
     assert 500_000 < len(page.encode()) < 2_000_000
