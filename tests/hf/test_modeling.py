@@ -348,6 +348,7 @@ class TestConfiguration:
             ({"num_key_value_heads": 0}, "num_key_value_heads is 0: it must be at least 1"),
             ({"num_attention_heads": 0}, "num_attention_heads is 0: it must be at least 1"),
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0: it must be at least 1"),
+            ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0: it must be at least 1"),
             ({"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
         ],
     )

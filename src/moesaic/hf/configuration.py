@@ -10,6 +10,17 @@ from transformers import Qwen3MoeConfig
 from moesaic.config import MoEConfig
 from moesaic.errors import ConfigError
 
+# Sizes that MoEConfig does not check.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "decoder_sparse_step",
+)
+
 
 @strict
 class MoesaicConfig(Qwen3MoeConfig):
@@ -42,7 +53,7 @@ class MoesaicConfig(Qwen3MoeConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.router_options = self.router_options or {}
         self.balancing = self.balancing or {}
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
@@ -55,6 +66,10 @@ class MoesaicConfig(Qwen3MoeConfig):
         if heads % kv_heads:
             raise ConfigError(f"num_attention_heads is {heads}: num_key_value_heads = {kv_heads} must divide it")
         self.moe_config()
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer of that index has experts; otherwise its feed-forward is dense."""
+        return layer not in (self.mlp_only_layers or []) and (layer + 1) % self.decoder_sparse_step == 0
 
     def moe_config(self) -> MoEConfig:
         """The settings of one MoE layer; checked on the way."""

@@ -61,7 +61,8 @@ def obstacles(config: MoesaicConfig) -> list[str]:
     reasons = [
         f"{name} is {value!r}, only {allowed!r} is possible" for name, value, allowed in checks if value != allowed
     ]
-    if config.hidden_act != "silu" and config.mlp_only_layers:
+    any_dense = not all(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    if config.hidden_act != "silu" and any_dense:
         reasons.append(f"hidden_act of the dense layers is {config.hidden_act!r}, only 'silu' is possible")
     return reasons
 

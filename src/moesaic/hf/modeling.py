@@ -39,10 +39,10 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
         self.mlp: nn.Module  # type: ignore[assignment]
-        if layer_idx in (config.mlp_only_layers or []) or (layer_idx + 1) % config.decoder_sparse_step:
-            self.mlp = Qwen3MoeMLP(config, config.intermediate_size)
-        else:
+        if config.is_sparse(layer_idx):
             self.mlp = MoE(config.moe_config())
+        else:
+            self.mlp = Qwen3MoeMLP(config, config.intermediate_size)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
