@@ -113,6 +113,15 @@ def test_tensorboard_reads_what_was_logged(finished: Path) -> None:
     assert [event.step for event in board.Scalars("validation/perplexity/words")] == [0, 12]
 
 
+def test_tensorboard_shows_a_resumed_run_once(finished: Path, recipe: Recipe, out: Path) -> None:
+    interrupted(recipe, out, step=6)
+    shutil.rmtree(out / "checkpoints/step-00000006")
+    train(recipe, out, resume=True)  # steps 5 and 6 are done again
+    board = EventAccumulator(str(out / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 13))
+
+
 def test_files_that_cannot_be_read_are_counted_and_reported(corpus: list[str], tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "mixed"
     shutil.copytree(corpus[0].partition("=")[2], folder)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from moesaic.layer import moe_layers
+from moesaic.train.board import EventFile
 from moesaic.train.evaluate import DomainResult
 
 
@@ -88,19 +88,22 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         _take_back(path, step)
         self._lines = path.open("a", encoding="utf-8", buffering=1)  # by line: others may be watching
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = EventFile(folder / "tensorboard", first_step=step + 1 if step else 0)
 
     def step(self, metrics: StepMetrics) -> None:
-        self._write({"kind": "step", **asdict(metrics)})
-        for name, value in asdict(metrics).items():
-            if name not in ("step", "tokens"):
-                self._board.add_scalar(f"train/{name}", value, metrics.step)
+        values = asdict(metrics)
+        self._write({"kind": "step", **values})
+        self._board.scalars(
+            metrics.step, {f"train/{name}": value for name, value in values.items() if name not in ("step", "tokens")}
+        )
 
     def validation(self, step: int, results: Mapping[str, DomainResult]) -> None:
         for domain, result in results.items():
             self._write({"kind": "validation", "step": step, "domain": domain, **asdict(result)})
-            self._board.add_scalar(f"validation/loss/{domain}", result.loss, step)
-            self._board.add_scalar(f"validation/perplexity/{domain}", result.perplexity, step)
+            self._board.scalars(
+                step,
+                {f"validation/loss/{domain}": result.loss, f"validation/perplexity/{domain}": result.perplexity},
+            )
         self.flush()
 
     def flush(self) -> None:
