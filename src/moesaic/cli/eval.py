@@ -14,7 +14,7 @@ def command(
         typer.Option(
             "--data",
             "-d",
-            help="A file or folder of text, DOMAIN=PATH, or 'stdlib'. Default: what the run was trained on, else 'stdlib'.",
+            help="A file or folder of text, DOMAIN=PATH, or 'stdlib'. Default: the run's own data, else 'stdlib'.",
         ),
     ] = None,
     split: Annotated[
