@@ -7,55 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from moesaic import MoesaicConfig, MoesaicForCausalLM
 from moesaic.cli.main import run
-from moesaic.data import Document, load_corpus, split_corpus, train_tokenizer
+from moesaic.data import load_corpus, split_corpus
 from moesaic.inspect import RoutingTrace
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-CODE = "def add(x, y):\n    return x + y\n" * 20
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one model of each kind."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer([Document("code", "a.py", CODE)], 290)
-    ours = MoesaicConfig(**SIZES, head_dim=8, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2)
-    for name, model in {
-        "ours": MoesaicForCausalLM(ours),
-        "mixtral": MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
-        "dense": LlamaForCausalLM(LlamaConfig(**SIZES)),
-    }.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    (tmp_path / "a.py").write_text(CODE)
-    (tmp_path / "b.txt").write_text("It was a bright cold day in April. " * 20)
-    monkeypatch.chdir(tmp_path)
-    return ["--data", "code=a.py", "-d", "prose=b.txt"]
+TEXT = "def add(x, y):\n    return x + y\n" * 20
 
 
 @pytest.mark.parametrize("name", ["ours", "mixtral"])
-def test_a_report(name: str, models: Path, data: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run(["inspect", str(models / name), *data, "--tokens", "200"]) == 0
+def test_a_report(
+    name: str, models: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(["inspect", str(models / name), *texts, "--tokens", "200"]) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / f"{name}-report"
     assert str(folder / "index.html") in printed
@@ -68,8 +32,8 @@ def test_a_report(name: str, models: Path, data: list[str], capsys: pytest.Captu
     assert report["data"] == {"tokens": 200, "domains": domains}
 
 
-def test_json(models: Path, data: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["inspect", str(models / "ours"), *data, "--tokens", "60", "--out", "out", "--json"]
+def test_json(models: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["inspect", str(models / "ours"), *texts, "--tokens", "60", "--out", "out", "--json"]
     assert run(arguments) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["folder"] == str(tmp_path / "out")
@@ -79,12 +43,12 @@ def test_json(models: Path, data: list[str], capsys: pytest.CaptureFixture[str],
 
 
 def test_a_run_is_inspected_on_what_it_held_out(
-    models: Path, data: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    models: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(30):
-        (texts / f"{i}.txt").write_text(f"# file number {i}\n{CODE}")
+        (texts / f"{i}.txt").write_text(f"# file number {i}\n{TEXT}")
     shutil.copytree(models / "ours", tmp_path / "my-run" / "model")
     recipe = {"name": "r", "data": {"sources": [f"own={texts}"], "validation_fraction": 0.3}}
     (tmp_path / "my-run" / "run.json").write_text(json.dumps({"recipe": recipe, "status": "finished"}))
@@ -98,10 +62,10 @@ def test_a_run_is_inspected_on_what_it_held_out(
 
 
 def test_unreadable_files_are_named(
-    models: Path, data: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    models: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "good.txt").write_text(CODE)
+    (tmp_path / "texts" / "good.txt").write_text(TEXT)
     (tmp_path / "texts" / "bad.txt").write_bytes(b"\x00\xff\x00\xfe" * 50)
     assert run(["inspect", str(models / "ours"), "--data", "texts", "--tokens", "40"]) == 0
     assert "bad.txt" in capsys.readouterr().err
@@ -122,13 +86,13 @@ def test_bad_input(
     arguments: list[str],
     message: str,
     models: Path,
-    data: list[str],
+    texts: list[str],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     name, *options = arguments
-    assert run(["inspect", str(models / name), *data, *options]) == 2
+    assert run(["inspect", str(models / name), *texts, *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1

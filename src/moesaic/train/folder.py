@@ -17,7 +17,7 @@ from moesaic.errors import CheckpointError, UsageError
 
 NOTE = "run.json"
 LOCK = "lock"
-_PARTS = (NOTE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "model.tmp")
+_PARTS = (NOTE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "model.tmp", "report")
 
 
 class RunFolder:
