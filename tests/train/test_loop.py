@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from moesaic.layer import moe_layers
 from moesaic.train.checkpoint import Checkpoints, newest_good
 from moesaic.train.loop import NonFiniteError, Trainer, repeatable
+from moesaic.train.loss import token_losses
 from moesaic.train.metrics import RoutingMeter
 from moesaic.train.optimizer import learning_rate
 
@@ -231,3 +232,17 @@ def test_repeatable_sets_and_gives_back() -> None:
         assert torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == threads
     assert torch.are_deterministic_algorithms_enabled() == deterministic
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 50, 20_000, dtype=dtype, requires_grad=True)  # parts of 26 rows
+    targets = torch.randint(0, 20_000, (3, 50))
+    losses = token_losses(logits, targets)
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none").view(3, 50)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(losses.mean(), logits, retain_graph=True)
+    (exact,) = torch.autograd.grad(expected.mean(), logits)
+    torch.testing.assert_close(gradient, exact)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.data import TokenData, prepare, validation_windows
 from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf.load import load_model, model_folder
+from moesaic.train.loss import token_losses
 from moesaic.train.precision import autocast
 from moesaic.train.recipe_file import recorded_recipe
 
@@ -95,22 +95,14 @@ def evaluate(
     try:
         with autocast(device, precision):
             for domain, ids in windows:
-                losses = token_losses(model, ids.to(device))
+                ids_on_device = ids.to(device)
+                logits = model(input_ids=ids_on_device[:, :-1], use_cache=False).logits
+                losses = token_losses(logits, ids_on_device[:, 1:])
                 sums[domain] += float(losses.double().sum())
                 counts[domain] += losses.numel()
     finally:
         model.train(was_training)
     return {name: _result(sums[name], counts[name], (bytes_per_token or {}).get(name)) for name in tokens}
-
-
-def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Cross entropy in nats, float32 ``[B, S]``, of the last S tokens of each row of ``ids`` (``[B, S + 1]``)."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    # A row at a time: with a large vocabulary the float32 copy is by far the largest tensor here.
-    rows = [
-        F.cross_entropy(row.float(), targets, reduction="none") for row, targets in zip(logits, ids[:, 1:], strict=True)
-    ]
-    return torch.stack(rows)
 
 
 def _result(total: float, count: int, bytes_per_token: float | None) -> DomainResult:

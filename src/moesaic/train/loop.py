@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moesaic.data import Batches
@@ -20,6 +19,7 @@ from moesaic.errors import TrainingError
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.layer import update_balancing
 from moesaic.train.checkpoint import Checkpoint, restore, training_state
+from moesaic.train.loss import token_losses
 from moesaic.train.metrics import RoutingMeter, StepMetrics
 from moesaic.train.optimizer import build_optimizer, learning_rate
 from moesaic.train.precision import autocast
@@ -130,7 +130,7 @@ class Trainer:
         """Cross entropy and balancing losses of a part of a batch: two float32 scalars."""
         with autocast(self.device, self.precision):
             output = self._forward(input_ids=ids[:, :-1], use_cache=False)
-        loss = F.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = token_losses(output.logits, ids[:, 1:]).mean()
         return loss, output.aux_loss if output.aux_loss is not None else torch.zeros_like(loss)
 
     def _not_finite(self, loss: float, aux_loss: float, norm: float) -> NonFiniteError:
