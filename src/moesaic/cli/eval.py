@@ -23,7 +23,7 @@ def command(
             help="validation: the held-out part; all: everything. Default: all for --data PATH, else validation."
         ),
     ] = "",
-    sequence_length: Annotated[int, typer.Option(help="Tokens a window; 0: 1024, or less for a short text.")] = 0,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window; 0: those of the run, else what fits, up to 1024.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens a domain; 0 for all.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
