@@ -163,7 +163,8 @@ class _CombineRows(torch.autograd.Function):
         sum_TD = weights_TK.new_zeros(rows_TKD.shape[0], rows_TKD.shape[2])
         for k in range(rows_TKD.shape[1]):  # a pass a slot needs no wide copy of all rows, as one contraction would
             sum_TD.addcmul_(rows_TKD[:, k], weights_TK[:, k : k + 1])
-        return sum_TD.to(y_ND.dtype)
+        # A copy: PyTorch 2.11's compiler loses the gradient of an output that shares its memory with an intermediate.
+        return sum_TD.to(y_ND.dtype, copy=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
