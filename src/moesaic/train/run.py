@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -134,9 +135,9 @@ class _Run:
         self.parameters, self.active_parameters = count_parameters(trainer.model)
 
     def go(self, resume: bool) -> RunResult:
+        if resume:
+            self._restore()
         with self._explained():
-            if resume:
-                self._restore()
             self._note(resume)
             self._tell_start()
             log = MetricsLog(self.folder.path, self.trainer.step)
@@ -220,13 +221,13 @@ class _Run:
         if checkpoint is None:
             # Killed before its first checkpoint: the run has nothing to go back to, but nothing that differs either.
             self.display.say("there is no checkpoint yet: starting from the beginning")
-            self._refuse_differences(self.folder.note["recipe"], self.folder.note["data"]["fingerprint"])
+            self._refuse_differences(self.folder.note["recipe"], self.folder.note.get("data", {}).get("fingerprint"))
             return
         self._refuse_differences(checkpoint.about["recipe"], checkpoint.about["data"])
         self.trainer.restore(checkpoint)
         self.checkpoints.last_good = checkpoint.path
 
-    def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str) -> None:
+    def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str | None) -> None:
         where = str(self.folder.path)
         if differences := self.recipe.differences(recorded_recipe(recipe, where)):
             raise CheckpointError(
@@ -331,9 +332,9 @@ def _check_validation(recipe: Recipe, data: TokenData) -> None:
 def _check_space(run: RunFolder, recipe: Recipe, model: MoesaicForCausalLM) -> None:
     """Refuse a disk that cannot hold the checkpoints and the model, before hours are spent on them."""
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
-    saves = recipe.train.steps // recipe.train.save_every if recipe.train.save_every else 1
+    saves = math.ceil(recipe.train.steps / (recipe.train.save_every or recipe.train.steps))
     # Weights and two moments each; one more than are kept exists while it is written.
-    needed = 3 * parameters * min(recipe.train.keep + 1, max(1, saves)) + parameters
+    needed = 3 * parameters * min(recipe.train.keep + 1, saves) + parameters
     existing = next(folder for folder in (run.path, *run.path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free + (run.size() if run.path.exists() else 0)
     if free < needed:
