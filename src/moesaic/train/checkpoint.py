@@ -82,9 +82,12 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> dict[str, Any]:
     """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    # As bytes, which may be empty: a run that began on a CPU can then go on on a GPU.
+    random = {
+        "cpu": torch.get_rng_state().numpy().tobytes(),
+        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b"",
+    }
     return {"model": model_state, "optimizer": optimizer_state, "random": random, "progress": dict(progress)}
 
 
@@ -101,9 +104,13 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     except (Exception, CheckpointException) as error:  # torch's is no Exception, but a BaseException
         reason = " ".join(str(_root_cause(error)).split())[:300]
         raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"])
+    random = {
+        name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in state["random"].items() if data
+    }
+    torch.set_rng_state(random["cpu"])
+    device = next(model.parameters()).device
+    if "cuda" in random and device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], device)
     return dict(state["progress"])
 
 
