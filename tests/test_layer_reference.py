@@ -179,12 +179,24 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], int, list[bool], int]:
     return changes, tokens, draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)), draw(st.integers(0, 999))
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
-@settings(max_examples=100)
-@given(case=cases())
-def test_any_shape(backend: str, case: tuple[dict[str, Any], int, list[bool], int]) -> None:
+def check(backend: str, case: tuple[dict[str, Any], int, list[bool], int]) -> None:
     changes, tokens, masked, seed = case
     torch.manual_seed(seed)
     layer = layer_of(**changes)
     with moesaic.use_backend(backend):
         assert_same(layer, torch.randn(tokens, layer.config.d_model), 1e-4, masked)  # tiny weights lose digits
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@settings(max_examples=100)
+@given(case=cases())
+def test_any_shape(backend: str, case: tuple[dict[str, Any], int, list[bool], int]) -> None:
+    check(backend, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@settings(max_examples=3000)
+@given(case=cases())
+def test_any_shape_at_length(backend: str, case: tuple[dict[str, Any], int, list[bool], int]) -> None:
+    check(backend, case)

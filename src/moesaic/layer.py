@@ -114,7 +114,7 @@ class MoE(nn.Module):
 
 def _no_loss() -> Tensor:
     # On the CPU even where a model is built on the meta device: loading puts values into parameters and buffers only.
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

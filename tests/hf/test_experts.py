@@ -137,6 +137,26 @@ def test_no_token_and_no_expert() -> None:
     assert (y == 0).all()
 
 
+def test_expert_parallel_ranks_add_up() -> None:
+    """What transformers' expert parallelism does: each rank has some experts, and slots of others are sentinels."""
+    torch.manual_seed(0)
+    whole, ids = experts_class(has_bias=True)(config_of()), torch.randint(0, E, (9, 3))
+    wanted = run(whole, "moesaic", ids)
+    total = [torch.zeros_like(tensor) for tensor in wanted[:3]]
+    for first, last in ((0, 2), (2, E)):
+        rank = experts_class(has_bias=True)(config_of())
+        rank.num_experts, rank._is_expert_parallel = last - first, True
+        for name, parameter in whole.named_parameters():
+            setattr(rank, name, nn.Parameter(parameter.detach()[first:last]))
+        off_rank = (ids < first) | (ids >= last)
+        got = run(rank, "moesaic", (ids - first).masked_fill(off_rank, rank.num_experts))
+        total = [a + b for a, b in zip(total, got[:3], strict=True)]
+        for mine, all_of_them in zip(got[3:], wanted[3:], strict=True):
+            torch.testing.assert_close(mine, all_of_them[first:last])
+    for got, expected in zip(total, wanted[:3], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_it_is_registered_in_both_interfaces() -> None:
     assert "moesaic" in ALL_EXPERTS_FUNCTIONS
     assert "moesaic" in ALL_FP8_EXPERTS_FUNCTIONS
