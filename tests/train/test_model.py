@@ -15,8 +15,8 @@ from moesaic.train.recipe_file import load_recipe
 # Each is allowed by itself; together they are not.
 MISTAKES = [
     (["top_k=5", "num_experts=4"], "model.top_k is 5: it must be at most model.num_experts = 4"),
-    (["d_model=250"], "model.d_model is 250: model.num_heads = 4 must divide it"),
-    (["num_kv_heads=3"], "model.num_heads is 4: model.num_kv_heads = 3 must divide it"),
+    (["d_model=250", "num_heads=4", "num_kv_heads=2"], "model.d_model is 250: model.num_heads = 4 must divide it"),
+    (["d_model=256", "num_heads=4", "num_kv_heads=3"], "model.num_heads is 4: model.num_kv_heads = 3 must divide it"),
     (["d_model=12", "num_heads=4"], "model.d_model / model.num_heads is 3: it must be even"),
     (["batch_size=6", "accumulation=4"], "train.batch_size is 6: train.accumulation = 4 must divide it"),
     (["sequence_length=4096"], "data.sequence_length is 4096: it must be at most model.max_length = 1024"),

@@ -79,12 +79,12 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """``[train]``: the optimization."""
 
-    steps: int = Field(1400, ge=1, description="Optimizer steps.")
+    steps: int = Field(1000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, description="Sequences per optimizer step.")
     accumulation: int = Field(1, ge=1, description="Equal parts in which a batch is worked through; must divide it.")
     learning_rate: float = Field(5e-3, gt=0, description="AdamW's learning rate after warm-up.")
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="Share of it that the cosine decay ends at.")
-    warmup_steps: int = Field(80, ge=0, description="Steps of linear warm-up; at most steps.")
+    warmup_steps: int = Field(60, ge=0, description="Steps of linear warm-up; at most steps.")
     weight_decay: float = Field(0.1, ge=0, description="On weight matrices; not on norms, biases and embeddings.")
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
         Field((0.9, 0.95), description="Decay of AdamW's two moments.")
