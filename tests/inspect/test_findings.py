@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.inspect.traces import made_up_trace
@@ -72,7 +74,35 @@ def test_certainty(known: RoutingTrace) -> None:
 def test_token_or_context(known: RoutingTrace) -> None:
     # In layer 5 the token is all that counts; in layer 3 a token id meets at most 200 · 0.9 · 1/2 times one expert.
     text = told(known)["Token or context"].text
-    assert text.startswith("In layer 5, a common token goes to its usual expert 100\u00a0% of the time; in layer 3")
+    assert text.startswith(
+        "In layer 5, a common token goes to its usual expert 100\u00a0% of the time, by chance 25\u00a0%; in layer 3, "
+    )
+
+
+def report_with(known: RoutingTrace, *consistencies: tuple[float, float]) -> dict[str, Any]:
+    report = analyze(known)
+    for layer, (share, chance) in zip(report["layers"], consistencies, strict=True):
+        layer["token_consistency"] = {"share": share, "chance": chance, "tokens": 500}
+    return report
+
+
+def context(report: dict[str, Any]) -> str:
+    return next((finding.text for finding in find(report) if finding.title == "Token or context"), "")
+
+
+def test_layers_are_compared_beyond_chance(known: RoutingTrace) -> None:
+    # Layer 3 has the larger share, but only since one of its experts gets nearly everything.
+    text = context(report_with(known, (0.9, 0.85), (0.8, 0.3)))
+    assert text.startswith("In layer 5, a common token goes to its usual expert 80\u00a0% of the time")
+    assert "in layer 3, where the token alone counts for less, 90\u00a0%, by chance 85\u00a0%." in text
+
+
+def test_no_difference_is_made_of_noise(known: RoutingTrace) -> None:
+    assert "layer 3" not in context(report_with(known, (0.87, 0.5), (0.88, 0.5)))
+    assert context(report_with(known, (0.5, 0.49), (0.52, 0.5))) == ""
+    for layer, entropy in zip(known.layers, (0.996, 0.999), strict=True):
+        layer.entropy[:] = entropy
+    assert "Certainty" not in told(known)
 
 
 def test_a_specialist_needs_several_tokens_of_its_own(known: RoutingTrace) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 SMALL = 0.25
 """Of an even share: an expert with less load than this says little, whatever its few tokens are."""
+CLEAR = 0.05
+"""Two shares that differ by less are called neither different nor more and less."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def _domains(report: dict[str, Any]) -> Finding | None:
             difference = shares[high][expert] - shares[low][expert]
             if best is None or difference > best[0]:
                 best = (difference, position, expert, high, low)
-    if best is None or best[0] < 0.02:
+    if best is None or best[0] < CLEAR:
         return None
     _, position, expert, high, low = best
     layer = report["layers"][position]
@@ -75,7 +77,7 @@ def _meaning(report: dict[str, Any]) -> Finding | None:
             concentration = sum(top["count"] for top in distinct) / own
             if best is None or concentration > best[0]:
                 best = (concentration, position, expert)
-    if best is None:
+    if best is None or best[0] < CLEAR:
         return None
     share, position, expert = best
     layer = report["layers"][position]
@@ -94,23 +96,30 @@ def _distinct(tops: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _context(report: dict[str, Any]) -> Finding | None:
-    """Where the token alone decides most, and where its context has most to say."""
+    """Where the token alone decides most beyond chance, and where it does so clearly less."""
     known = [layer for layer in report["layers"] if layer["token_consistency"]["tokens"] >= 200]
     if not known:
         return None
-    most = max(known, key=lambda layer: layer["token_consistency"]["share"])
-    least = min(known, key=lambda layer: layer["token_consistency"]["share"])
+    most, least = max(known, key=_beyond_chance), min(known, key=_beyond_chance)
+    if _beyond_chance(most) < CLEAR:
+        return None
+    share, chance = most["token_consistency"]["share"], most["token_consistency"]["chance"]
     text = (
-        f"In layer {most['number']}, a common token goes to its usual expert "
-        f"{percent(most['token_consistency']['share'])} of the time"
+        f"In layer {most['number']}, a common token goes to its usual expert {percent(share)} of the time, by chance "
+        f"{percent(chance)}"
     )
-    if most is least:
-        return Finding("Token or context", text + ".")
-    return Finding(
-        "Token or context",
-        f"{text}; in layer {least['number']}, where its context counts for more, "
-        f"{percent(least['token_consistency']['share'])}.",
-    )
+    if _beyond_chance(most) - _beyond_chance(least) >= CLEAR:
+        share, chance = least["token_consistency"]["share"], least["token_consistency"]["chance"]
+        text += (
+            f"; in layer {least['number']}, where the token alone counts for less, {percent(share)}, by chance "
+            f"{percent(chance)}"
+        )
+    return Finding("Token or context", text + ".")
+
+
+def _beyond_chance(layer: dict[str, Any]) -> float:
+    consistency = layer["token_consistency"]
+    return float(consistency["share"] - consistency["chance"])
 
 
 def _balance(report: dict[str, Any]) -> Finding:
@@ -131,20 +140,19 @@ def _balance(report: dict[str, Any]) -> Finding:
 
 
 def _certainty(report: dict[str, Any]) -> Finding | None:
+    """The layers with the least and the largest entropy, where they differ."""
     sources = {layer["entropy_source"] for layer in report["layers"]}
     if len(sources) > 1:
         return None
     of_what = " of the chosen weights" if sources == {"weights"} else ""
     surest = min(report["layers"], key=lambda layer: layer["entropy"])
     least = max(report["layers"], key=lambda layer: layer["entropy"])
-    text = (
-        f"The router is surest in layer {surest['number']}: {percent(surest['entropy'])} of the largest "
-        f"entropy{of_what}"
-    )
-    if surest is least:
-        return Finding("Certainty", text + ".")
+    if least["entropy"] - surest["entropy"] < CLEAR:
+        return None
     return Finding(
-        "Certainty", f"{text}. It is least sure in layer {least['number']}, with {percent(least['entropy'])}."
+        "Certainty",
+        f"The router is surest in layer {surest['number']}: {percent(surest['entropy'])} of the largest "
+        f"entropy{of_what}. It is least sure in layer {least['number']}, with {percent(least['entropy'])}.",
     )
 
 
@@ -159,7 +167,7 @@ def _paths(report: dict[str, Any]) -> Finding | None:
                 continue
             j = row.index(max(row))
             rate, chance = row[j] / tokens, target["token_share"][j]
-            if rate >= 1.5 * chance and (best is None or rate > best[0]):
+            if rate >= max(1.5 * chance, chance + CLEAR) and (best is None or rate > best[0]):
                 best = (rate, chance, position, i, j)
     if best is None:
         return None
