@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.data import Corpus, load_corpus
+from moesaic.data.documents import text_digest
 from moesaic.errors import DataError, MissingDependencyError
 
 
@@ -21,6 +22,10 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def texts(corpus: Corpus) -> dict[str, str]:
     return {document.name: document.text for document in corpus.documents}
+
+
+def row(file: str, text: str) -> str:
+    return f"{file}#{text_digest(text).hex()[:16]}"
 
 
 def reasons(corpus: Corpus) -> dict[str, str]:
@@ -39,8 +44,8 @@ def test_a_folder_gives_all_formats_and_relative_names(tmp_path: Path) -> None:
     assert texts(corpus) == {
         "corpus/a.txt": "plain text",
         "corpus/c.py": "x = 1\n",
-        "corpus/d.jsonl#1": "first",
-        "corpus/d.jsonl#3": "second",
+        row("corpus/d.jsonl", "first"): "first",
+        row("corpus/d.jsonl", "second"): "second",
         "corpus/sub/b.md": "# title",
     }
     assert corpus.domains == ["corpus"]
@@ -56,7 +61,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"body": ["x"]}), folder / "b.parquet")
     write(folder / "c.parquet", b"PAR1 but nothing of the kind")
     corpus = load_corpus([str(folder)])
-    assert texts(corpus) == {"tables/a.parquet#1": "one", "tables/a.parquet#3": "two"}
+    assert texts(corpus) == {row("tables/a.parquet", text): text for text in ("one", "two")}
     found = reasons(corpus)
     assert found["a.parquet:2"] == "'text' is NoneType, not a string"
     assert found["a.parquet:4"] == "empty"
@@ -148,7 +153,7 @@ def test_bad_json_lines_are_counted_by_kind(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "a.jsonl", b"\n".join(lines))
     corpus = load_corpus([str(path)])
-    assert texts(corpus) == {"a.jsonl#1": "good", "a.jsonl#11": "also good"}
+    assert texts(corpus) == {row("a.jsonl", text): text for text in ("good", "also good")}
     found = reasons(corpus)
     assert set(found) == {f"a.jsonl:{row}" for row in (2, 3, 5, 6, 7, 8)}
     assert found["a.jsonl:2"].endswith("), and 2 more rows like it")

@@ -1,14 +1,16 @@
-"""Which side a document is on: by its file's name alone."""
+"""Which side a document is on: by its file's name alone, or its row's text."""
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data import Corpus, Document, split_corpus
+from moesaic.data import Corpus, Document, load_corpus, split_corpus
 from moesaic.errors import ConfigError
 
 
@@ -64,6 +66,21 @@ def test_documents_of_one_file_stay_together() -> None:
     train, validation = split_corpus(Corpus(code + prose))
     assert len(validation) > 10
     assert not {d.file for d in train} & {d.file for d in validation}
+
+
+def test_an_inserted_row_moves_no_other(tmp_path: Path) -> None:
+    def sides(rows: list[str]) -> tuple[set[str], set[str]]:
+        path = tmp_path / "notes.jsonl"
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        train, validation = split_corpus(load_corpus([str(path)]), 0.1)
+        return {d.text for d in train}, {d.text for d in validation}
+
+    rows = [f"note {number}" for number in range(300)]
+    train, validation = sides(rows)
+    assert 15 < len(validation) < 60
+    more_train, more_validation = sides(["a new one", *rows])
+    assert train <= more_train
+    assert validation <= more_validation
 
 
 def test_a_lone_document_is_cut_at_a_line_near_its_end() -> None:

@@ -13,7 +13,9 @@ class Document:
     """One text. ``name`` is relative and stable (no absolute path), and unique within its domain.
 
     What stands before ``"::"`` in a name is the file that the text came from: the split hangs on it, so that
-    all documents that one file gave (``"stdlib/ast.py"``, ``"stdlib/ast.py::docstrings"``) stay on one side.
+    all documents that one file gave (``"stdlib/ast.py"``, ``"stdlib/ast.py::docstrings"``) stay on one side. A
+    row of a ``.jsonl`` or ``.parquet`` file counts as a file of its own: ``"notes.jsonl#"`` and a digest of its
+    text, in which white space does not count.
     """
 
     domain: str

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moesaic.data.documents import Document, Skipped, SourceFile
+from moesaic.data.documents import Document, Skipped, SourceFile, text_digest
 from moesaic.errors import MissingDependencyError
 
 FIELD = "text"
@@ -66,7 +66,7 @@ def _read_json_lines(file: SourceFile) -> Iterator[Document | Skipped]:
             except ValueError as error:
                 faults.add(number, str(error))
             else:
-                yield Document(file.domain, f"{file.name}#{number}", text)
+                yield _row(file, text)
     yield from faults.skipped()
     if blank:
         yield Skipped(str(file.path), "empty")
@@ -104,12 +104,17 @@ def _read_parquet(file: SourceFile) -> Iterator[Document | Skipped]:
                 except ValueError as error:
                     faults.add(number, str(error))
                 else:
-                    yield Document(file.domain, f"{file.name}#{number}", text)
+                    yield _row(file, text)
     except arrow.ArrowException as error:
         yield Skipped(str(file.path), f"not a readable parquet file ({str(error).splitlines()[0]})")
     except ValueError as error:
         yield Skipped(str(file.path), str(error))
     yield from faults.skipped()
+
+
+def _row(file: SourceFile, text: str) -> Document:
+    """A document that is named by what it says: a row inserted before it leaves it on its side of the split."""
+    return Document(file.domain, f"{file.name}#{text_digest(text).hex()[:16]}", text)
 
 
 def _usable(text: object) -> str:

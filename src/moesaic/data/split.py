@@ -1,4 +1,4 @@
-"""Train and validation: which side a document is on depends on the name of its file and on nothing else."""
+"""Train and validation: which side a document is on depends on the name of its file, or on the text of its row."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ def split_corpus(corpus: Corpus, validation_fraction: float = 0.05) -> tuple[lis
     """Split into (train, validation), each sorted by domain and name.
 
     A file goes to validation when the hash of its name falls under ``validation_fraction``: the order of the
-    documents and the other files do not matter, and all documents of one file go to one side. Two exceptions,
-    for small corpora: a domain with all of its documents on one side gives the one whose hash is nearest to
+    documents and the other files do not matter, and all documents of one file go to one side. ``.jsonl`` and
+    ``.parquet`` files are split by row, each by a digest of its text: a row that is inserted, removed or moved
+    leaves the others where they are. Two exceptions, for small corpora: a domain with all of its documents on one side gives the one whose hash is nearest to
     the border to the other side, and a domain with one document only has that document's end cut off, at a
     line end where there is one, for validation.
 

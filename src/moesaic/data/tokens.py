@@ -31,7 +31,7 @@ from moesaic.data.tokenizer import (
     wrap_trained,
 )
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever documents, split, tokenizer or files come out differently, so that old entries are not
 found.
 """
