@@ -93,8 +93,10 @@ def test_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_bad_requests(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match=r"^tokens is 0: it must be at least 1$"):
         cut_passages(tokenizer, documents(), max_tokens=0, sequence_length=8)
+    with pytest.raises(ConfigError, match=r"^sequence length is -1: it must be at least 1$"):
+        cut_passages(tokenizer, documents(), max_tokens=8, sequence_length=-1)
     with pytest.raises(DataError, match="no text"):
         cut_passages(tokenizer, [], max_tokens=8, sequence_length=8)
 
