@@ -92,6 +92,13 @@ def test_the_newest_are_kept(folder: Path, trainer: Trainer) -> None:
     assert [found.step for found in published(folder)] == [400, 30]
 
 
+def test_one_with_a_higher_number_does_not_displace_the_one_just_written(folder: Path, trainer: Trainer) -> None:
+    saved(folder, trainer, 8, 12)
+    truncate(folder / "step-00000012/.metadata")
+    saved(folder, trainer, 9, 10, keep=1)
+    assert names(folder) == ["step-00000010", "step-00000012"]
+
+
 def test_more_than_eight_digits_sort_as_numbers(folder: Path, trainer: Trainer) -> None:
     saved(folder, trainer, 99_999_999, 100_000_000)
     assert [found.step for found in published(folder)] == [100_000_000, 99_999_999]

@@ -242,6 +242,22 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished: Path, rec
     assert tiny.losses(out) == tiny.losses(finished)
 
 
+def test_a_truncated_checkpoint_does_not_displace_good_ones(finished: Path, recipe: Recipe, out: Path) -> None:
+    train(recipe, out)
+    assert steps(out) == [12, 8]
+    os.truncate(out / "checkpoints/step-00000012/__0_0.distcp", 100)
+
+    def crash() -> None:
+        raise RuntimeError("crash")
+
+    eager = override(recipe, ["keep=1", "save_every=1"])
+    with pytest.raises(RuntimeError, match="crash"):
+        train(eager, out, resume=True, display=tiny.AtStep(11, crash))
+    assert [(found.step, found.damage) for found in published(out / "checkpoints")] == [(10, None)]
+    train(eager, out, resume=True)
+    assert tiny.losses(out) == tiny.losses(finished)
+
+
 def test_where_every_checkpoint_is_truncated_it_says_so(recipe: Recipe, out: Path) -> None:
     interrupted(recipe, out)
     for path in (out / "checkpoints").iterdir():

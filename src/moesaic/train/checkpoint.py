@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,12 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
+    def begin_after(self, loaded: Checkpoint, damaged: Iterable[Checkpoint]) -> None:
+        """Go on from ``loaded``; the ``damaged`` ones, which are newer, are removed: nothing can be read from them."""
+        for checkpoint in damaged:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+        self.last_good = loaded.path
+
     def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
         """Copy ``state`` and write the copy in the background; waits for the one before.
 
@@ -194,13 +200,15 @@ class Checkpoints:
             os.rename(making, path)
             _sync(self.folder)
             self.last_good = path
-            self._prune()
+            self._prune(step)
         except BaseException as error:
             shutil.rmtree(making, ignore_errors=True)
             self._failure = (step, error)
 
-    def _prune(self) -> None:
-        for path in [*_newest_first(self.folder)[self.keep :], *self.folder.glob("step-*.tmp")]:
+    def _prune(self, published: int) -> None:
+        # What has a higher number is of an earlier life of the run, and must not displace what is known to be good.
+        ours = [path for path in _newest_first(self.folder) if _step(path) <= published]
+        for path in [*ours[self.keep :], *self.folder.glob("step-*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -216,8 +216,6 @@ class _Run:
 
     def _restore(self) -> None:
         checkpoint, damaged = newest_good(self.folder.checkpoints)
-        for one in damaged:
-            self.display.say(f"warning: {str(one.path)!r} is damaged ({one.damage}) and left out")
         if checkpoint is None:
             # Killed before its first checkpoint: the run has nothing to go back to, but nothing that differs either.
             self.display.say("there is no checkpoint yet: starting from the beginning")
@@ -225,7 +223,9 @@ class _Run:
             return
         self._refuse_differences(checkpoint.about["recipe"], checkpoint.about["data"])
         self.trainer.restore(checkpoint)
-        self.checkpoints.last_good = checkpoint.path
+        for one in damaged:
+            self.display.say(f"warning: {str(one.path)!r} is damaged ({one.damage}): it is removed and done again")
+        self.checkpoints.begin_after(checkpoint, damaged)
 
     def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str | None) -> None:
         where = str(self.folder.path)
