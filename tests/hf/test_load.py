@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
@@ -96,14 +97,21 @@ def edit_config(folder: Path, **changes: object) -> None:
     [
         (lambda f: shutil.rmtree(f), "there is no model folder"),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "the configuration in .* cannot be read"),
-        (lambda f: edit_config(f, model_type="nonsense"), "the configuration in .* cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "the configuration in .* cannot be loaded"),
+        (lambda f: edit_config(f, model_type="nonsense"), "the configuration in .* cannot be loaded"),
         (lambda f: edit_config(f, num_experts_per_tok=9), "top_k is 9"),
-        (lambda f: edit_config(f, hidden_size=32), "the weights in .* cannot be loaded|do not match"),
+        (
+            lambda f: edit_config(f, hidden_size=32),
+            r"do not match their configuration: mismatched keys: lm_head.weight \(saved \[64, 16\], configured \[64, 32\]",
+        ),
         (lambda f: edit_config(f, num_hidden_layers=3), "do not match their configuration: missing keys"),
+        (
+            lambda f: edit_config(f, num_hidden_layers=1),
+            "do not match their configuration: unexpected keys: model.layers.1.* and 10 more",
+        ),
         (lambda f: cut(f / "model.safetensors", 0.5), "the weights in .* cannot be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), "the weights in .* cannot be loaded"),
-        (lambda f: (f / "tokenizer.json").write_text("[]"), "the tokenizer in .* cannot be read"),
+        (lambda f: (f / "tokenizer.json").write_text("[]"), "the tokenizer in .* cannot be loaded"),
         (
             lambda f: byte_tokenizer(VOCABULARY + 5).save_pretrained(f),
             "does not fit the model: its highest token id is 68",
@@ -116,6 +124,48 @@ def test_damaged_folders_are_refused_in_one_line(broken: Path, damage: object, m
         load_model(broken)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_code_in_the_folder_is_not_run(broken: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "was run"
+    (broken / "code.py").write_text(f"open({str(trace)!r}, 'w')\nclass C: pass\n")
+    edit_config(broken, model_type="foreign", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"})
+    with pytest.raises(CheckpointError, match="the configuration in .* cannot be loaded: .*custom code") as caught:
+        load_model(broken)
+    assert "\n" not in str(caught.value)
+    assert not trace.exists()
+
+
+def test_code_of_a_known_model_is_passed_over(broken: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "was run"
+    (broken / "code.py").write_text(f"open({str(trace)!r}, 'w')\nclass C: pass\n")
+    edit_config(broken, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"})
+    assert isinstance(load_model(broken)[0], moesaic.MoesaicForCausalLM)
+    assert not trace.exists()
+
+
+def test_a_quantization_that_is_not_installed(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object, **options: object) -> object:
+        raise ImportError("Using `bitsandbytes`\nrequires Accelerate")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(CheckpointError, match="the weights in .*: Using `bitsandbytes` requires Accelerate$"):
+        load_model(broken)
+
+
+def test_keys_that_transformers_ignores_are_no_fault(tmp_path: Path) -> None:
+    """Old checkpoints hold rotary frequencies per layer, and the head even where it is tied."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, _ = load_model(tmp_path)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +25,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference, with experts implementation ``"moesaic"``, and its tokenizer.
 
-    Nothing is fetched from anywhere: the folder must hold all that is needed.
+    Nothing is fetched from anywhere: the folder must hold all that is needed. Code that it brings along is not run.
 
     Args:
         path: a model folder as ``save_pretrained`` writes it, or the folder of a training run (its ``model/``).
@@ -33,14 +33,15 @@ def load_model(
         device: CUDA where there is one by default, else the CPU.
 
     Raises:
-        CheckpointError: where the folder is missing or no model, a file is damaged, weights are missing or have
-            other shapes than the configuration says, or the tokenizer does not fit the model.
+        CheckpointError: where the folder is missing or no model, a file is damaged, weights are missing, are more or
+            have other shapes than the configuration says, or the tokenizer does not fit the model.
     """
     folder = model_folder(path)
     logging.disable_progress_bar()
-    config = _read(folder, "configuration", AutoConfig.from_pretrained)
-    tokenizer = _read(folder, "tokenizer", AutoTokenizer.from_pretrained)
-    model = _load_weights(folder, config, dtype)
+    with _quiet():
+        config = _read(folder, "configuration", AutoConfig.from_pretrained)
+        tokenizer = _read(folder, "tokenizer", AutoTokenizer.from_pretrained)
+        model = _load_weights(folder, config, dtype)
     check_tokenizer(tokenizer, model.config.get_text_config().vocab_size, folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device=torch.device(device))
@@ -76,35 +77,54 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder:
         )
 
 
-def _read(folder: Path, what: str, read: Any) -> Any:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of the weights: what is wrong with them we say ourselves, in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        return read(folder, local_files_only=True)
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _read(folder: Path, what: str, read: Any, **options: Any) -> Any:
+    try:
+        # Where it is not said, transformers asks on standard input whether it may run code from the folder.
+        return read(folder, local_files_only=True, trust_remote_code=False, **options)
     except MoesaicError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception, transformers nearly everything else
-        raise CheckpointError(f"the {what} in {str(folder)!r} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"the {what} in {str(folder)!r} cannot be loaded: {_one_line(error)}") from error
 
 
 def _load_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            experts_implementation="moesaic",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"the weights in {str(folder)!r} cannot be loaded: {_one_line(error)}") from error
-    model, report = loaded
-    # transformers only warns of these, and goes on with random weights.
-    for kind in ("missing_keys", "mismatched_keys"):
-        if keys := sorted(str(key) for key in report.get(kind, ())):
+    model, report = _read(
+        folder,
+        "weights",
+        AutoModelForCausalLM.from_pretrained,
+        config=config,
+        dtype=dtype or "auto",
+        experts_implementation="moesaic",
+        output_loading_info=True,
+        # They come back in the report, instead of as an error that only points to it.
+        ignore_mismatched_sizes=True,
+    )
+    # transformers only warns of these and goes on, with random weights or a part of the model. Keys that it knows to be
+    # of no use (a model class's _keys_to_ignore_on_load_unexpected, rotary frequencies of old) are not in its report.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(report[kind]):
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            what = f"{kind.replace('_', ' ')}: {keys[0]}{more}"
+            what = f"{kind.replace('_', ' ')}: {_key(keys[0])}{more}"
             raise CheckpointError(f"the weights in {str(folder)!r} do not match their configuration: {what}")
     return model  # type: ignore[no-any-return]
+
+
+def _key(key: str | tuple[str, Any, Any]) -> str:
+    if isinstance(key, str):
+        return key
+    name, saved, configured = key
+    return f"{name} (saved {list(saved)}, configured {list(configured)})"
 
 
 def _one_line(error: Exception) -> str:
