@@ -67,7 +67,8 @@ def test_counts_and_offsets(routing: Routing, factor: float) -> None:
     assert (dispatch.num_tokens, dispatch.top_k) == tuple(routing.expert_ids.shape)
     assert dispatch.num_experts == routing.num_experts
     if factor > 0:
-        capacity = math.ceil(factor * routing.expert_ids.numel() / routing.num_experts)
+        slots = routing.expert_ids.numel()
+        capacity = min(slots, math.ceil(factor * slots / routing.num_experts))
         assert dispatch.counts.tolist() == [capacity] * routing.num_experts
         assert dispatch.permutation.numel() == routing.num_experts * capacity
     else:
@@ -175,6 +176,15 @@ def test_no_tokens(factor: float) -> None:
     assert list(out.shape) == [0, 5]
     out.sum().backward()
     assert list(x.grad.shape) == [0, 5]
+
+
+def test_slots_beyond_the_capacity_are_null() -> None:
+    routing = routing_of([[0]] * 6, 3)
+    dispatch = Dispatch.from_routing(routing, 1.0)
+    assert dispatch.counts.tolist() == [2, 2, 2]
+    assert dispatch.permutation.tolist() == [0, 1, 6, 6, 6, 6]
+    out = dispatch.combine(dispatch.gather(torch.ones(6, 1, dtype=torch.float64)))
+    assert (out[2:] == 0).all()
 
 
 def test_the_sum_is_float32_in_low_precision() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from moesaic import MoE, MoEConfig, update_balancing
 from moesaic.errors import ConfigError
 from moesaic.experts import ACTIVATIONS
 from moesaic.layer import moe_layers
+from moesaic.routing import check_balancing
+from moesaic.routing.sigmoid_topk import SigmoidTopK
 
 BACKENDS = ["loop", "grouped"]
 BALANCING = {"load_balancing": 0.1, "z_loss": 0.1}
@@ -111,6 +114,10 @@ class TestCapacity:
         with pytest.raises(ConfigError, match=r"capacity_factor is (nan|inf): it must be finite"):
             layer_of()(torch.randn(2, 16), capacity_factor=factor)
 
+    def test_an_enormous_factor_is_every_slot(self) -> None:
+        layer, x = layer_of(), torch.randn(5, 16)
+        torch.testing.assert_close(layer(x, capacity_factor=1e300), layer(x, capacity_factor=0.0))
+
 
 class TestTokenMask:
     def test_masked_tokens_get_only_the_shared_experts(self) -> None:
@@ -155,7 +162,7 @@ def test_a_nan_reaches_only_its_own_token(backend: str, factor: float) -> None:
 
 class TestBalancing:
     def test_slots_are_counted_while_training_and_forgotten_after_the_step(self) -> None:
-        layer, x = layer_of(balancing=BALANCING), torch.randn(10, 16)
+        layer, x = layer_of(router="sigmoid_topk", balancing={"bias_update": 0.01}), torch.randn(10, 16)
         layer(x)
         layer(x)
         assert int(layer.slot_counts.sum()) == 40
@@ -203,6 +210,33 @@ class TestBalancing:
         layers = [layer_of() for _ in range(3)]
         model = torch.nn.Sequential(layers[0], torch.nn.Linear(16, 16), torch.nn.Sequential(layers[1], layers[2]))
         assert moe_layers(model) == layers
+
+    @pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double])
+    def test_the_bias_stays_float32(self, cast: Callable[[MoE], MoE]) -> None:
+        layer = layer_of(router="sigmoid_topk", balancing={"bias_update": 0.001})
+        layer.router.selection_bias.fill_(0.6)
+        cast(layer)
+        assert layer.router.weight.dtype != torch.float32
+        layer.slot_counts.copy_(torch.tensor([1001, 1000, 999, 1000]))
+        layer.after_step()
+        wanted = torch.tensor([0.599, 0.6, 0.601, 0.6])
+        torch.testing.assert_close(layer.router.selection_bias, wanted, atol=1e-6, rtol=0)
+
+    def test_a_router_that_inherits_the_bias(self) -> None:
+        class Mine(SigmoidTopK):
+            pass
+
+        check_balancing({"bias_update": 0.1}, Mine)
+
+    def test_losses_alone_count_no_slots(self) -> None:
+        layer = layer_of(balancing={"load_balancing": 0.1})
+        layer(torch.randn(10, 16))
+        assert int(layer.slot_counts.sum()) == 0
+
+    def test_nothing_of_the_graph_is_kept_without_a_loss(self) -> None:
+        layer, x = layer_of(), torch.randn(10, 16, requires_grad=True)
+        layer(x)
+        assert not any(value.requires_grad for value in vars(layer.last_routing).values() if value is not None)
 
 
 class TestSavingAndCopying:
@@ -289,6 +323,19 @@ class TestErrors:
             ),
             ({"balancing": {"zloss": 0.1}}, r"unknown balancer 'zloss': did you mean 'z_loss'\?"),
             ({"balancing": {"bias_update": 0.1}}, "'bias_update' needs a router with a selection_bias"),
+            ({"top_k": 1.5}, "top_k is 1.5: it must be a whole number"),
+            ({"d_ff": True}, "d_ff is True: it must be a whole number"),
+            ({"capacity_factor": float("inf")}, "capacity_factor is inf: it must be finite"),
+            ({"shared_gate": True}, "shared_gate needs shared experts"),
+            ({"router_options": {"normalize": "no"}}, "option 'normalize' .* is 'no': it must be true or false"),
+            (
+                {"router": "sigmoid_topk", "router_options": {"num_groups": 2.0}},
+                "option 'num_groups' .* is 2.0: it must be a whole number",
+            ),
+            (
+                {"router": "sigmoid_topk", "router_options": {"scale": float("nan")}},
+                "option 'scale' .* is nan: it must be a finite number",
+            ),
             ({"activation": "swigl"}, r"unknown activation 'swigl': did you mean 'swiglu'\?"),
         ],
     )
@@ -298,7 +345,7 @@ class TestErrors:
 
     def test_options_are_checked_before_any_weight_is_made(self) -> None:
         with pytest.raises(ConfigError, match="num_groups is 3: it must divide num_experts = 4"):
-            layer_of(router="sigmoid_topk", router_options={"num_groups": 3})
+            MoEConfig(16, 24, 4, router="sigmoid_topk", router_options={"num_groups": 3})
 
     def test_calls(self) -> None:
         layer = layer_of()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from moesaic.errors import ConfigError
 from moesaic.experts import ACTIVATIONS
-from moesaic.routing import ROUTERS, check_balancing
-from moesaic.routing.router import check_options, check_top_k
+from moesaic.routing import ROUTERS, check_balancing, create_router
+from moesaic.routing.router import is_of
 
 
 @dataclass
@@ -50,16 +51,20 @@ class MoEConfig:
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_ff", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.num_shared_experts < 0:
-            raise ConfigError(f"num_shared_experts is {self.num_shared_experts}: it must be at least 0")
-        if self.shared_d_ff is not None and self.shared_d_ff < 1:
-            raise ConfigError(f"shared_d_ff is {self.shared_d_ff}: it must be at least 1")
-        if not math.isfinite(self.capacity_factor):
-            raise ConfigError(f"capacity_factor is {self.capacity_factor}: it must be finite")
-        check_top_k(self.top_k, self.num_experts)
-        check_options(self.router, dict(self.router_options))
+        least = {"d_model": 1, "d_ff": 1, "num_experts": 1, "num_shared_experts": 0}
+        if self.shared_d_ff is not None:
+            least["shared_d_ff"] = 1
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not is_of(int, value):
+                raise ConfigError(f"{name} is {value!r}: it must be a whole number")
+            if value < smallest:
+                raise ConfigError(f"{name} is {value}: it must be at least {smallest}")
+        if not is_of(float, self.capacity_factor):
+            raise ConfigError(f"capacity_factor is {self.capacity_factor!r}: it must be finite")
+        if self.shared_gate and not self.num_shared_experts:
+            raise ConfigError("shared_gate needs shared experts: num_shared_experts is 0")
+        with torch.device("meta"):  # the router knows best what its options may be; without memory, this costs nothing
+            create_router(self.router, self.d_model, self.num_experts, self.top_k, **self.router_options)
         check_balancing(self.balancing, ROUTERS.get(self.router))
         ACTIVATIONS.get(self.activation)

@@ -52,8 +52,8 @@ class Dispatch:
         """Group the slots of ``routing`` by expert.
 
         With ``capacity_factor > 0`` every expert gets exactly ``expert_capacity(...)`` rows, the missing ones being
-        padding, so that all shapes follow from T, K and E alone; the routing must have been limited to that capacity
-        (``limit_capacity``). Otherwise each expert gets as many rows as it has slots.
+        padding, so that all shapes follow from T, K and E alone; slots beyond that are treated as null (use
+        ``limit_capacity`` first to choose and count them). Otherwise each expert gets as many rows as it has slots.
         """
         ids_TK, weights_TK = routing.expert_ids, routing.weights
         if capacity_factor > 0:
@@ -105,7 +105,7 @@ def _padded(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity: int)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     expert = ids[order]
     place = torch.arange(num_slots, device=ids.device) - starts[expert.clamp(max=num_experts)]
-    row = (expert * capacity + place).masked_fill_(expert >= num_experts, num_rows)
+    row = (expert * capacity + place).masked_fill_((expert >= num_experts) | (place >= capacity), num_rows)
     # One row more than there are takes what the null slots write.
     permutation = torch.full((num_rows + 1,), num_slots, device=ids.device).scatter_(0, row, order)[:num_rows]
     inverse = torch.empty_like(ids).scatter_(0, order, row)

@@ -15,13 +15,14 @@ from moesaic.config import MoEConfig
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
 from moesaic.experts import ExpertBank, SharedExperts
-from moesaic.routing import BALANCERS, Routing, balance_loss, create_router, limit_capacity
+from moesaic.routing import BALANCERS, Routing, acts_after_step, balance_loss, create_router, limit_capacity
 
 
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer: ``[..., D]`` to ``[..., D]``.
 
-    After a forward, ``last_routing`` is its :class:`Routing` and ``aux_loss`` a float32 scalar to be added to the
+    After a forward, ``last_routing`` is its :class:`Routing` (for reading: cut off from the autograd graph, which it
+    would keep in memory; a loss of one's own is a balancer) and ``aux_loss`` a float32 scalar to be added to the
     training loss (0 where the configuration names no balancing loss). After an optimizer step call
     :meth:`after_step`, or :func:`update_balancing` for a whole model: balancers without a loss act there.
     """
@@ -80,7 +81,7 @@ class MoE(nn.Module):
         y_TD = self.experts(x_TD, Dispatch.from_routing(routing, factor))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        self.last_routing = routing
+        self.last_routing = routing.detach()
         y: Tensor = y_TD.view(x.shape)
         return y
 
@@ -93,7 +94,7 @@ class MoE(nn.Module):
     def _balance(self, routing: Routing) -> None:
         # Before capacity drops slots: a balancer must see what the router asked for, not what was granted.
         self.aux_loss = balance_loss(routing, self.config.balancing)
-        if self.training and self.config.balancing:
+        if self.training and acts_after_step(self.config.balancing):
             self.slot_counts += routing.counts()
 
     def _tokens(self, x: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ def test_unknown_name() -> None:
 
 
 class Picky(Backend):
+    preference = 100
+
     def __init__(self, missing: str | None = None, refusal: str | None = None) -> None:
         self.reasons = missing, refusal
 
@@ -85,6 +87,21 @@ def test_a_backend_that_refuses_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "the backend 'picky' cannot run this call: too small"
     with use_backend("picky"), pytest.raises(UnsupportedError, match=message):
         compute(*work())
+
+
+def test_one_choice_may_be_entered_again() -> None:
+    choice = use_backend("loop")
+    for _ in range(2):
+        with choice:
+            assert current_backend() == "loop"
+            with use_backend("grouped"), choice:
+                assert current_backend() == "loop"
+        assert current_backend() == "auto"
+
+
+def test_a_new_backend_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS._parts, "newest", Picky())
+    assert (compute(*work()) == 7).all()
 
 
 def test_auto_takes_the_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +132,14 @@ class TestWhatDoesNotFit:
         x, dispatch, weights = work()
         with pytest.raises(ConfigError, match=r"features are torch.float64 but the expert weights are torch.float32"):
             compute(x.double(), dispatch, weights)
+
+    def test_dtypes_that_differ_within_the_weights(self) -> None:
+        x, dispatch, weights = work()
+        weights.down = weights.down.bfloat16()
+        with pytest.raises(ConfigError, match=r"the expert weights are torch.bfloat16 \(down\): they must be alike"):
+            compute(x, dispatch, weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert compute(x, dispatch, weights).dtype == torch.bfloat16
 
     def test_number_of_tokens(self) -> None:
         x, dispatch, weights = work()

@@ -15,12 +15,15 @@ from moesaic.registry import Registry
 
 BACKENDS: Registry[Backend] = Registry("backend")
 AUTO = "auto"
-# What "auto" tries, best first; the reference at the end computes everything.
-_PREFERENCE = ["grouped", "loop"]
 
 
 class Backend(ABC):
-    """One way to compute the experts; all give the same numbers."""
+    """One way to compute the experts; all give the same numbers.
+
+    ``preference`` orders what ``"auto"`` tries, the highest first; the reference, which computes everything, has 0.
+    """
+
+    preference: int
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
@@ -63,13 +66,20 @@ class use_backend:  # noqa: N801  (it reads as a verb, like torch.no_grad)
             reason = BACKENDS.get(name).missing()
             if reason:
                 raise ConfigError(f"the backend {name!r} cannot be used here: {reason}")
-        self._before, _Choice.name = _Choice.name, name
+        self.name = name
+        # The choice holds from here on, without a with block too; entering one only remembers what to go back to.
+        self._before = [_Choice.name]
+        self._entered = 0
+        _Choice.name = name
 
     def __enter__(self) -> None:
-        return None
+        if self._entered:
+            self._before.append(_Choice.name)
+            _Choice.name = self.name
+        self._entered += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _Choice.name = self._before
+        _Choice.name = self._before.pop()
 
 
 def status() -> dict[str, str | None]:
@@ -96,8 +106,9 @@ def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         ConfigError: where shapes or dtypes do not go together.
         UnsupportedError: where the backend that was asked for by name cannot run this call.
     """
-    if torch.is_autocast_enabled(x_TD.device.type):
-        dtype = torch.get_autocast_dtype(x_TD.device.type)
+    device = x_TD.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x_TD, weights = x_TD.to(dtype), weights.to(dtype)
     _check(x_TD, dispatch, weights)
     return _pick(x_TD, weights).run(x_TD, dispatch, weights)
@@ -105,9 +116,9 @@ def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
 
 def _pick(x_TD: Tensor, weights: ExpertWeights) -> Backend:
     if _Choice.name == AUTO:
-        for name in _PREFERENCE:
-            if BACKENDS.get(name).refusal(x_TD, weights) is None:
-                return BACKENDS.get(name)
+        for backend in sorted(map(BACKENDS.get, BACKENDS), key=lambda backend: -backend.preference):
+            if backend.refusal(x_TD, weights) is None:
+                return backend
     backend = BACKENDS.get(_Choice.name)
     reason = backend.refusal(x_TD, weights)
     if reason:
@@ -119,10 +130,11 @@ def _check(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> None:
     width = weights.up_EDG().shape[1]
     if x_TD.ndim != 2 or x_TD.shape[1] != width:
         raise ConfigError(f"the experts take features of shape [tokens, {width}], got {list(x_TD.shape)}")
-    if x_TD.dtype != weights.up.dtype:
-        raise ConfigError(
-            f"features are {x_TD.dtype} but the expert weights are {weights.up.dtype}: they must be alike"
-        )
+    for name, tensor in weights.tensors().items():
+        if x_TD.dtype != tensor.dtype:
+            raise ConfigError(
+                f"features are {x_TD.dtype} but the expert weights are {tensor.dtype} ({name}): they must be alike"
+            )
     if x_TD.shape[0] != dispatch.num_tokens or weights.num_experts != dispatch.num_experts:
         raise ConfigError(
             f"the routing is for {dispatch.num_tokens} tokens and {dispatch.num_experts} experts, "

@@ -19,6 +19,8 @@ _ALIGNMENT = 16  # bytes; grouped_mm's demand on addresses and strides
 class GroupedBackend(Backend):
     """Rows grouped by expert, two grouped matmuls, everything else elementwise over all rows at once."""
 
+    preference = 10
+
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
         h_NG = _add_bias(grouped_matmul(x_ND, weights.up_EDG(), dispatch.offsets), weights.up_bias, dispatch)

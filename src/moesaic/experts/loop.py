@@ -14,6 +14,8 @@ from moesaic.experts.weights import ExpertWeights
 class LoopBackend(Backend):
     """A Python loop over the experts that have rows; runs everything, everywhere, and judges the other backends."""
 
+    preference = 0
+
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
         up_EGD, down_EDF = weights.up_EDG().transpose(1, 2), weights.down_EFD().transpose(1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,14 @@ class ExpertWeights:
         """``[E, F, D]``, as the right factor of a matmul (a view)."""
         return self.down if self.transposed else self.down.transpose(1, 2)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        named = {"up": self.up, "down": self.down, "up_bias": self.up_bias, "down_bias": self.down_bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     def to(self, dtype: torch.dtype) -> ExpertWeights:
-        """The same weights in ``dtype``; itself where they are in it already."""
-        if self.up.dtype == dtype:
+        """The same weights in ``dtype``; themselves where they all are in it already."""
+        if all(tensor.dtype == dtype for tensor in self.tensors().values()):
             return self
-        return replace(
-            self,
-            up=self.up.to(dtype),
-            down=self.down.to(dtype),
-            up_bias=None if self.up_bias is None else self.up_bias.to(dtype),
-            down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
-        )
+        converted: dict[str, Any] = {name: tensor.to(dtype) for name, tensor in self.tensors().items()}
+        return replace(self, **converted)

@@ -30,7 +30,12 @@ class Balancer:
 
     @staticmethod
     def update(router: Router, counts_E: Tensor, coefficient: float) -> None:
-        """Called once after each optimizer step with the slots that each expert got since the last one (``[E]``)."""
+        """Called once after each optimizer step.
+
+        Args:
+            counts_E: ``[E]`` int64, in proportion to the slots that each expert got since the last step (activation
+                checkpointing counts every forward that it recomputes once more).
+        """
 
     @staticmethod
     def check(router: type[Router]) -> None:
@@ -74,13 +79,12 @@ class BiasUpdate(Balancer):
 
     @staticmethod
     def update(router: Router, counts_E: Tensor, coefficient: float) -> None:
-        bias = router.get_buffer("selection_bias")
-        load = counts_E.to(bias.dtype)
-        bias += coefficient * torch.sign(load.mean() - load)
+        load_E = counts_E.to(torch.float32)
+        router.get_buffer("selection_bias").add_(torch.sign(load_E.mean() - load_E), alpha=coefficient)
 
     @staticmethod
     def check(router: type[Router]) -> None:
-        if "selection_bias" not in getattr(router, "__annotations__", {}):
+        if not router.has_selection_bias:
             raise ConfigError(
                 f"the balancer 'bias_update' needs a router with a selection_bias; {router.__name__} has none"
             )
@@ -100,6 +104,11 @@ def check_balancing(balancing: Mapping[str, float], router: type[Router]) -> Non
             raise ConfigError(
                 f"the coefficient of balancer {name!r} is {coefficient}: it must be finite and at least 0"
             )
+
+
+def acts_after_step(balancing: Mapping[str, float]) -> bool:
+    """Whether one of the named balancers has an ``update``, and so needs the slots counted."""
+    return any(BALANCERS.get(name).update is not Balancer.update for name in balancing)
 
 
 def balance_loss(routing: Routing, balancing: Mapping[str, float]) -> Tensor:

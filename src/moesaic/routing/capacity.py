@@ -13,9 +13,9 @@ from moesaic.routing.routing import Routing
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
-    """Rows that one expert may take at capacity factor ``factor``: ``ceil(|factor| · T · K / E)``.
+    """Rows that one expert may take at capacity factor ``factor``: ``ceil(|factor| · T · K / E)``, at most T · K.
 
-    Tutel: Adaptive Mixture-of-Experts at Scale, section 4.1 (dynamic capacity); the sign of the factor is read by
+    Tutel: Adaptive Mixture-of-Experts at Scale, dynamic capacity; the sign of the factor is read by
     :func:`limit_capacity` and by the layer.
 
     Raises:
@@ -23,7 +23,7 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
     """
     if not abs(factor) < math.inf:  # math.isfinite does not compile
         raise ConfigError(f"capacity_factor is {factor}: it must be finite")
-    return math.ceil(abs(factor) * num_tokens * top_k / num_experts)
+    return math.ceil(min(abs(factor) * num_tokens * top_k / num_experts, num_tokens * top_k))
 
 
 def limit_capacity(routing: Routing, factor: float) -> Routing:

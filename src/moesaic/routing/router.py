@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,13 @@ class Router(nn.Module, ABC):
     """Base of all routers.
 
     A router is constructed with ``d_model``, ``num_experts`` and ``top_k``; every further keyword of its ``__init__``
-    is one of its options (``MoEConfig(router_options={...})``).
+    is one of its options (``MoEConfig(router_options={...})``), annotated as int, float, bool or str.
+
+    ``has_selection_bias`` says that it has a float32 buffer ``selection_bias`` (``[E]``) which takes part in the
+    selection only: what the balancer ``bias_update`` moves.
     """
+
+    has_selection_bias: ClassVar[bool] = False
 
     def __init__(self, d_model: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -43,7 +50,9 @@ class Router(nn.Module, ABC):
         The gate is computed in float32 whatever the model's precision: near-ties between experts decide who
         computes a token, and E columns cost next to nothing.
         """
-        with torch.autocast(x_TD.device.type, enabled=False):
+        device = x_TD.device.type
+        known = torch.amp.is_autocast_available(device)  # not for the meta device
+        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
             return nn.functional.linear(x_TD.float(), self.weight.float())
 
     def slots(self, top_k: int | None) -> int:
@@ -56,21 +65,35 @@ class Router(nn.Module, ABC):
 
 def check_top_k(top_k: int, num_experts: int) -> int:
     """``top_k`` if it is in 1..E, else :class:`ConfigError`."""
+    if not is_of(int, top_k):
+        raise ConfigError(f"top_k is {top_k!r}: it must be a whole number")
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"top_k is {top_k}: it must be at least 1 and at most num_experts = {num_experts}")
     return top_k
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuse options that the router ``name`` does not have, with the nearest one that it has."""
-    allowed = [
-        key
-        for key, parameter in inspect.signature(ROUTERS.get(name)).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for key in options:
+    """Refuse options that the router ``name`` does not have, with the nearest one that it has, or of another type."""
+    router = ROUTERS.get(name)
+    parameters = inspect.signature(router).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    types = get_type_hints(router.__init__)
+    for key, value in options.items():
         if key not in allowed:
             raise ConfigError(f"router {name!r} has no option {key!r}: {did_you_mean(key, allowed)}")
+        kind: Any = types.get(key)
+        if kind in _KINDS and not is_of(kind, value):
+            raise ConfigError(f"option {key!r} of router {name!r} is {value!r}: it must be {_KINDS[kind]}")
+
+
+_KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
+
+
+def is_of(kind: type, value: object) -> bool:
+    """Whether a setting's value is of its kind: True is no number, a whole number is a float too, NaN is none."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def create_router(name: str, d_model: int, num_experts: int, top_k: int, **options: Any) -> Router:

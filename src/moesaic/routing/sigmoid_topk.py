@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class SigmoidTopK(Router):
     Its buffer ``selection_bias`` (``[E]``, float32) is moved by the balancer ``bias_update``.
     """
 
+    has_selection_bias = True
     selection_bias: Tensor
 
     def __init__(
@@ -52,6 +55,13 @@ class SigmoidTopK(Router):
         self.num_groups, self.top_groups = num_groups, top_groups
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.slots(top_k)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidTopK:
+        """``to``, ``cuda``, ``bfloat16``, ...: the bias changes device, but stays float32: its steps are small."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.selection_bias = bias.to(self.selection_bias.device)
+        return self
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw the gate's weight, and forget the selection bias."""
