@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import moesaic
 from moesaic.errors import ConfigError, UsageError
 from moesaic.train.recipe import HARMLESS, SECTIONS, Recipe, known_keys
-from moesaic.train.recipe_file import allowed, load_recipe, recorded_recipe
+from moesaic.train.recipe_file import DEMO, allowed, load_recipe, recorded_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -93,14 +94,43 @@ def test_a_file_that_is_not_there_is_explained(name: str, expected: str, tmp_pat
         load_recipe(tmp_path / name)
 
 
-def test_the_default_is_the_demo() -> None:
-    assert load_recipe(RECIPES / "demo.toml") == Recipe()
+def test_without_a_file_the_demo_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe() == load_recipe(RECIPES / "demo.toml")
+    assert load_recipe(None, ["steps=10"]).model == load_recipe().model
+
+
+def test_the_demo_is_part_of_the_package() -> None:
+    assert DEMO.is_relative_to(Path(moesaic.__file__).parent)
+    assert (RECIPES / "demo.toml").resolve() == DEMO.resolve()
+    patterns = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "train/demo.toml" in patterns["moesaic"]
+
+
+def test_the_demo_is_tuned_and_what_others_start_from_is_ordinary(tmp_path: Path) -> None:
+    demo = load_recipe()
+    assert (demo.model.d_model, demo.model.init_std, demo.data.sequence_length) == (192, 0.06, 256)
+    assert (demo.train.steps, demo.train.warmup, demo.train.batch_size) == (1000, 60, 4)
+    assert (demo.train.learning_rate, demo.train.final_learning_rate) == (5e-3, 0.0)
+    (tmp_path / "mine.toml").write_text("")
+    mine = load_recipe(tmp_path / "mine.toml")
+    assert (mine.model, mine.data, mine.train) == (Recipe().model, Recipe().data, Recipe().train)
+    assert (mine.model.init_std, mine.train.batch_size) == (0.02, 16)
+    assert (mine.train.learning_rate, mine.train.final_learning_rate) == (1e-3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [(["steps=10"], 0), (["steps=50"], 3), (["steps=100000"], 1000), (["steps=10", "warmup_steps=7"], 7)],
+)
+def test_warm_up_follows_the_steps_unless_it_is_set(words: list[str], warmup: int) -> None:
+    assert load_recipe(None, words).train.warmup == warmup
 
 
 def test_the_demo_spells_out_every_key_that_has_a_value() -> None:
     tables = tomllib.loads((RECIPES / "demo.toml").read_text())
     written = {f"{section}.{key}" for section in SECTIONS for key in tables[section]}
-    assert written == {key for key, value in Recipe().flat().items() if value is not None} - {"name"}
+    assert written == {key for key, value in load_recipe().flat().items() if value is not None} - {"name"}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
@@ -155,9 +185,9 @@ def test_differences_name_the_keys_and_leave_out_the_harmless_ones() -> None:
     harmless = ["name=other", "eval_every=5", "eval_tokens=6", "save_every=7", "keep=8"]
     changed = load_recipe(None, [*harmless, "steps=9", "model.balancing={}"])
     assert {word.split("=")[0] for word in harmless} == {key.split(".")[-1] for key in HARMLESS}
-    assert changed.differences(Recipe()) == [
+    assert changed.differences(load_recipe()) == [
         "model.balancing ({'load_balancing': 0.01} then, {} now)",
-        f"train.steps ({Recipe().train.steps} then, 9 now)",
+        f"train.steps ({load_recipe().train.steps} then, 9 now)",
     ]
     assert Recipe().differences(Recipe()) == []
 

@@ -32,7 +32,7 @@ def check(recipe: Recipe) -> None:
     at_most = [
         ("model.top_k", model.top_k, "model.num_experts", model.num_experts),
         ("data.sequence_length", data.sequence_length, "model.max_length", model.max_length),
-        ("train.warmup_steps", train.warmup_steps, "train.steps", train.steps),
+        ("train.warmup_steps", train.warmup, "train.steps", train.steps),
     ]
     for name, value, limit_name, limit in at_most:
         if value > limit:

@@ -31,7 +31,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
     Source of the decay: SGDR, equation 5, without restarts.
     """
-    peak, warmup = settings.learning_rate, settings.warmup_steps
+    peak, warmup = settings.learning_rate, settings.warmup
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, settings.steps - warmup)

@@ -1,7 +1,7 @@
 """A recipe: everything that decides a training run, in three sections.
 
-The defaults are the demo recipe: ``recipes/demo.toml`` spells them out (a test holds the two equal), so an installed
-moesaic trains without a file. Docs and error messages are made from the descriptions and ranges below.
+The defaults are ordinary ones for a small model; those of the demo are in ``demo.toml`` beside this file. Docs and error
+messages are made from the descriptions and ranges below.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """``[model]``: the architecture."""
 
-    d_model: int = Field(192, ge=1, description="Width of a token; num_heads must divide it.")
+    d_model: int = Field(256, ge=1, description="Width of a token; num_heads must divide it.")
     num_layers: int = Field(4, ge=1, description="Decoder layers.")
-    num_heads: int = Field(3, ge=1, description="Attention heads.")
-    num_kv_heads: int = Field(1, ge=1, description="Heads of keys and values; must divide num_heads.")
-    d_ff: int = Field(192, ge=1, description="Hidden width of one expert.")
+    num_heads: int = Field(4, ge=1, description="Attention heads.")
+    num_kv_heads: int = Field(2, ge=1, description="Heads of keys and values; must divide num_heads.")
+    d_ff: int = Field(256, ge=1, description="Hidden width of one expert.")
     num_experts: int = Field(8, ge=1, description="Routed experts per layer.")
     top_k: int = Field(2, ge=1, description="Experts per token; at most num_experts.")
     router: str = Field("softmax_topk", description="A name of moesaic.routing.available().")
@@ -51,7 +51,7 @@ class ModelSettings(Section):
     tie_embeddings: bool = Field(True, description="One matrix for input and output embeddings.")
     max_length: int = Field(1024, ge=1, description="Positions of the model; at least data.sequence_length.")
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary position embedding.")
-    init_std: float = Field(0.06, gt=0, description="Standard deviation of the initial weights.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
 
 
 def _listed(value: object) -> object:
@@ -80,11 +80,13 @@ class TrainSettings(Section):
     """``[train]``: the optimization."""
 
     steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, description="Sequences per optimizer step.")
+    batch_size: int = Field(16, ge=1, description="Sequences per optimizer step.")
     accumulation: int = Field(1, ge=1, description="Equal parts in which a batch is worked through; must divide it.")
-    learning_rate: float = Field(5e-3, gt=0, description="AdamW's learning rate after warm-up.")
-    final_learning_rate: float = Field(0.0, ge=0, le=1, description="Share of it that the cosine decay ends at.")
-    warmup_steps: int = Field(60, ge=0, description="Steps of linear warm-up; at most steps.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate after warm-up.")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="Share of it that the cosine decay ends at.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up, at most steps; by default 6 in 100 of them, at most 1000."
+    )
     weight_decay: float = Field(0.1, ge=0, description="On weight matrices; not on norms, biases and embeddings.")
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
         Field((0.9, 0.95), description="Decay of AdamW's two moments.")
@@ -103,6 +105,11 @@ class TrainSettings(Section):
     eval_tokens: int = Field(0, ge=0, description="Validation tokens per domain, spread over it; 0: all.")
     save_every: int = Field(500, ge=0, description="Steps between checkpoints; 0: at the end only.")
     keep: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, the default worked out."""
+        return min(1000, self.steps * 6 // 100) if self.warmup_steps is None else self.warmup_steps
 
 
 # Keys that do not change a single number of the run: a resumed run may have others than before.

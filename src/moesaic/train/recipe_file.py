@@ -15,11 +15,13 @@ from pydantic.fields import FieldInfo
 from moesaic.errors import ConfigError, UsageError
 from moesaic.train.recipe import SECTIONS, Recipe, known_keys
 
+DEMO = Path(__file__).with_name("demo.toml")
+"""The recipe that is meant where none is named; ``recipes/demo.toml`` is a link to it."""
 COMMAND_LINE = "the command line"
 
 
 def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; without a path, the default one.
+    """Read a recipe; without a path, the demo.
 
     Args:
         overrides: ``key=value`` each. The key is dotted (``train.steps``) or bare (``steps``: no two sections share
@@ -30,8 +32,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         UsageError: where the file is missing or unreadable.
         ConfigError: where it is no TOML, a key is unknown or a value is not allowed; the message says all of them.
     """
-    recipe = Recipe() if path is None else _read(Path(path))
-    return override(recipe, overrides)
+    return override(_read(DEMO if path is None else Path(path)), overrides)
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
