@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from moesaic.cli.main import run
 from moesaic.data import prepare
@@ -65,6 +69,27 @@ def test_a_model_that_is_not_there(command: list[str], tmp_path: Path, capsys: C
     assert run([*command, str(tmp_path / "nowhere"), *more]) == 2
     assert "there is no model folder at" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_a_checkpoint_of_another_configuration(
+    command: str, layers: int, models: Path, texts: list[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models / "ours", tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    # In a process of its own: transformers' logging goes to the standard error that it found when it was imported.
+    done = subprocess.run(
+        [sys.executable, "-m", "moesaic", command, str(folder), *(texts if command == "eval" else [])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "do not match their configuration" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,3 +154,27 @@ def test_export(models: Path, tmp_path: Path, capsys: Captured) -> None:
     assert run(["export", str(models / "mixtral"), str(tmp_path / "other")]) == 2
     assert "only a MoesaicForCausalLM can be exported" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_export_to_a_full_disk(
+    error: Exception, models: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(model: object, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "save_pretrained", fill)
+    assert run(["export", str(models / "ours"), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "out' cannot be written: " in err
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

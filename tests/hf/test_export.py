@@ -122,10 +122,27 @@ def test_nothing_is_copied() -> None:
 
 def test_settings_that_training_goes_on_with() -> None:
     plain = export_qwen3_moe(model_of(balancing={"load_balancing": 0.02}, router_options={"normalize": False}))
-    assert plain.config.router_aux_loss_coef == 0.02
     assert plain.config.norm_topk_prob is False
     assert plain.config.architectures == ["Qwen3MoeForCausalLM"]
     assert not set(plain.config.to_dict()) & {"router", "router_options", "balancing", "capacity_factor"}
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("dense", [[], [1]])
+def test_the_balancing_loss_has_the_same_size(top_k: int, dense: list[int]) -> None:
+    """The two differ where layers are uneven in different ways; with nearly even loads they agree."""
+    changes = {"num_hidden_layers": 3, "mlp_only_layers": dense, "num_experts_per_tok": top_k}
+    model = model_of(**changes, balancing={"load_balancing": 0.02}, initializer_range=0.02)
+    plain = export_qwen3_moe(model)
+    many = torch.randint(0, 50, (8, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model(many).aux_loss
+        theirs = plain.config.router_aux_loss_coef * plain(many, output_router_logits=True).aux_loss
+    torch.testing.assert_close(theirs, ours, rtol=0.02, atol=0)
+
+
+def test_without_a_balancing_loss_there_is_none() -> None:
+    assert export_qwen3_moe(model_of(balancing={"z_loss": 0.1})).config.router_aux_loss_coef == 0.0
 
 
 FORBIDDEN: list[tuple[dict[str, Any], str]] = [

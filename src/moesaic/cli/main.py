@@ -35,13 +35,13 @@ COMMANDS: dict[str, str] = {
 }
 # typer gives no name to the parent of its complaints about arguments.
 _UsageError: Any = typer.BadParameter.__base__
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 # What an operating system says about the user's files and disk rather than about our code.
 _USERS_ERRNOS = {
+    *_DISK_FULL,
     errno.EACCES,
-    errno.EDQUOT,
     errno.EISDIR,
     errno.ENOENT,
-    errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
@@ -131,7 +131,8 @@ def _tell(error: Exception) -> tuple[str, int] | None:
         return _one_line(f"{message} (see {path} --help)"), UsageError.exit_code
     if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
         where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{os.strerror(error.errno or 0)}", 1
+        code = UsageError.exit_code if error.errno in _DISK_FULL else 1
+        return f"{where}{os.strerror(error.errno or 0)}", code
     return None
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesaic.errors import CheckpointError, UnsupportedError
+from moesaic.errors import CheckpointError, UnsupportedError, UsageError
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.load import load_model
 from moesaic.hf.modeling import MoesaicForCausalLM
@@ -25,6 +26,9 @@ _RENAMED = {
 def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     """The same function as a :class:`transformers.Qwen3MoeForCausalLM`; its tensors are the model's own, not copies.
 
+    Training there goes on with the balancing loss of the same size; ``z_loss`` and ``bias_update`` have no counterpart
+    and are left out, for they change nothing that the model computes.
+
     Raises:
         UnsupportedError: where a setting has no counterpart there; the message names every such setting.
     """
@@ -37,7 +41,7 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
         "architectures": ["Qwen3MoeForCausalLM"],
         "norm_topk_prob": (config.router_options or {}).get("normalize", True),
         "hidden_act": "silu",
-        "router_aux_loss_coef": (config.balancing or {}).get("load_balancing", 0.0),
+        "router_aux_loss_coef": _aux_loss_coefficient(config),
     }
     with torch.device("meta"):
         exported = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(plain))
@@ -47,6 +51,13 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     exported.generation_config = model.generation_config
     exported.eval()
     return exported
+
+
+def _aux_loss_coefficient(config: MoesaicConfig) -> float:
+    """Ours is 1 per layer for an even load, and summed; Qwen3-MoE's is K, over the tokens of all layers together."""
+    sparse_layers = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    coefficient = (config.balancing or {}).get("load_balancing", 0.0)
+    return coefficient * sparse_layers / config.num_experts_per_tok
 
 
 def obstacles(config: MoesaicConfig) -> list[str]:
@@ -82,6 +93,7 @@ def export_folder(path: str | Path, out: str | Path) -> Path:
     Raises:
         CheckpointError: where ``path`` cannot be read, or ``out`` exists already.
         UnsupportedError: where the model is not ours, or a setting has no counterpart.
+        UsageError: where the folder cannot be written.
     """
     out = Path(out)
     if out.exists():
@@ -92,10 +104,13 @@ def export_folder(path: str | Path, out: str | Path) -> Path:
             f"{str(path)!r} holds a {type(model).__name__}; only a MoesaicForCausalLM can be exported"
         )
     exported = export_qwen3_moe(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch) / out.name
-        exported.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        folder.rename(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            folder = Path(scratch) / out.name
+            exported.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folder.rename(out)
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
+        raise UsageError(f"{str(out)!r} cannot be written: {error}") from error
     return out
