@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder:
 def _quiet() -> Iterator[None]:
     """Without transformers' own report of the weights: what is wrong with them we say ourselves, in one line."""
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
