@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic import MoesaicConfig, MoesaicForCausalLM, update_balancing
 from moesaic.errors import ConfigError, UnsupportedError
+from moesaic.hf import MoesaicModel
 from moesaic.layer import MoE, moe_layers
 
 BALANCING = {"load_balancing": 0.1, "z_loss": 0.01}
@@ -193,6 +195,71 @@ class TestLosses:
         update_balancing(model)
         assert all(layer.router.get_buffer("selection_bias").any() for layer in moe_layers(model))
 
+    def test_the_head_on_another_device(self) -> None:
+        model = model_of(balancing=BALANCING)
+        model.lm_head.to("meta").register_forward_pre_hook(lambda head, inputs: (inputs[0].to("meta"),))
+        output = model(tokens(), labels=tokens())
+        assert output.loss.device == output.aux_loss.device == torch.device("meta")
+        assert model(tokens()).aux_loss.device == torch.device("meta")
+
+
+class TestPadding:
+    """A batch with padding on the left is what it would be without: four columns of it here, before eight tokens."""
+
+    MASK = torch.tensor([[0] * 4 + [1] * 8] * 2)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_it_is_not_routed(self, checkpointing: bool) -> None:
+        settings = {**SIGMOID, "balancing": {**BALANCING, "bias_update": 0.01}}
+        # Capacity is a share of all rows: 12 columns at 8 / 12 of a factor of 1 have what 8 columns have at 1.
+        padded, plain = (model_of(**settings, capacity_factor=factor).train() for factor in (8 / 12, 1.0))
+        if checkpointing:
+            enable(padded)
+        ids = tokens()
+        got = padded(ids, attention_mask=self.MASK, labels=ids.where(self.MASK.bool(), -100))
+        wanted = plain(ids[:, 4:], labels=ids[:, 4:])
+        torch.testing.assert_close(got.logits[:, 4:], wanted.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.aux_loss, wanted.aux_loss)
+        for one, other in zip(moe_layers(padded), moe_layers(plain), strict=True):
+            assert torch.equal(one.slot_counts, other.slot_counts)
+            assert int(other.slot_counts.sum()) == 2 * 8 * 2
+            assert one.last_routing is not None and one.last_routing.dropped == other.last_routing.dropped
+        got.loss.backward()
+        assert padded.model.layers[0].mlp.router.weight.grad.isfinite().all()
+
+    def test_with_a_cache_the_mask_is_that_of_the_new_tokens(self) -> None:
+        model, ids = model_of(mlp_only_layers=[0]), tokens()
+        with torch.no_grad():
+            cache = model(ids[:, :6], attention_mask=self.MASK[:, :6], use_cache=True).past_key_values
+            mask = self.MASK.clone()
+            mask[1, -1] = 0
+            model(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+        (layer,) = moe_layers(model)
+        assert (layer.last_routing.expert_ids == 4).all(dim=1).nonzero().flatten().tolist() == [11]
+
+    def test_it_is_forgotten_after_the_call(self) -> None:
+        model, ids = model_of(balancing=BALANCING).train(), tokens()
+        wanted = model(ids).aux_loss
+        model(ids, attention_mask=self.MASK)
+        with pytest.raises(RuntimeError):
+            model(ids, attention_mask=self.MASK, position_ids=torch.zeros(5, 5, dtype=torch.int64))
+        assert torch.equal(model(ids).aux_loss, wanted)
+
+    def test_a_mask_of_four_dimensions_is_the_attentions_alone(self) -> None:
+        model, ids = model_of(), tokens()
+        causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
+        torch.testing.assert_close(model(ids, attention_mask=causal).logits, model(ids).logits)
+
+    def test_compiled(self) -> None:
+        torch._dynamo.reset()
+        model = model_of(balancing=BALANCING, mlp_only_layers=[0])
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            got, wanted = (m(tokens(), attention_mask=self.MASK) for m in (compiled, model))
+        torch.testing.assert_close(got.logits[:, 4:], wanted.logits[:, 4:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.aux_loss, wanted.aux_loss)
+        torch._dynamo.reset()
+
 
 class TestGradientCheckpointing:
     @pytest.mark.parametrize("variant", VARIANTS)
@@ -309,6 +376,18 @@ class TestSaving:
         model = model_of(balancing=BALANCING)
         model(tokens(), labels=tokens()).loss.backward()
         assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
+
+    def test_the_decoder_alone(self, tmp_path: Path) -> None:
+        model = model_of()
+        model.save_pretrained(tmp_path)
+        decoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(decoder) is MoesaicModel
+        assert not info["missing_keys"]
+        assert torch.equal(decoder(tokens()).last_hidden_state, model.model(tokens()).last_hidden_state)
+
+    def test_settings_without_effect_are_not_saved(self, tmp_path: Path) -> None:
+        config_of().save_pretrained(tmp_path)
+        assert not {"norm_topk_prob", "router_aux_loss_coef"} & set(json.loads((tmp_path / "config.json").read_text()))
 
     def test_a_larger_vocabulary(self) -> None:
         model = model_of()

@@ -5,7 +5,7 @@ Importing this registers both with transformers.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -18,6 +18,7 @@ ALL_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
 # Experts in 8 bits have an interface of their own. We do not run them, and say so there too.
 ALL_FP8_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
 AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
+AutoModel.register(MoesaicConfig, MoesaicModel, exist_ok=True)
 AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
 
 __all__ = ["MoesaicConfig", "MoesaicForCausalLM", "MoesaicModel", "export_qwen3_moe", "is_experts_module"]

@@ -22,6 +22,10 @@ _SIZES = (
 )
 
 
+# Qwen3-MoE's settings that have no effect here: router_options and balancing take their place.
+_REPLACED = ("norm_topk_prob", "router_aux_loss_coef")
+
+
 @strict
 class MoesaicConfig(Qwen3MoeConfig):
     """Qwen3-MoE's configuration (attention, RoPE, vocabulary, which layers are sparse) with our layer's settings.
@@ -66,6 +70,10 @@ class MoesaicConfig(Qwen3MoeConfig):
         if heads % kv_heads:
             raise ConfigError(f"num_attention_heads is {heads}: num_key_value_heads = {kv_heads} must divide it")
         self.moe_config()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: all settings but those that have no effect."""
+        return {name: value for name, value in super().to_dict().items() if name not in _REPLACED}
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer of that index has experts; otherwise its feed-forward is dense."""

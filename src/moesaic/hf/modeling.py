@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
     Qwen3MoeDecoderLayer,
@@ -46,6 +46,16 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *, token_mask: Tensor | None = None, **attention: Any
+    ) -> Tensor:
+        """Qwen3-MoE's, and ``token_mask`` (``[B, S]`` boolean, False for padding) goes to the MoE layer."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        masked = {"token_mask": token_mask} if isinstance(self.mlp, MoE) else {}
+        return hidden_states + self.mlp(normed, **masked)  # type: ignore[no-any-return]
+
 
 class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
     """Initialization, and what may be recorded of a forward."""
@@ -67,7 +77,7 @@ class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
 
 
 class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):
-    """The decoder without its head; forward, KV cache and masks are Qwen3-MoE's."""
+    """The decoder without its head; forward, KV cache and attention masks are Qwen3-MoE's."""
 
     def __init__(self, config: MoesaicConfig) -> None:
         super(Qwen3MoeModel, self).__init__(config)
@@ -79,6 +89,35 @@ class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Qwen3-MoE's forward; padding gets no routed expert, takes no capacity and does not count in balancing.
+
+        Args:
+            attention_mask: ``[B, past + S]``, 0 for padding. One that is expanded to four dimensions already no longer
+                says which tokens are padding: they are routed like all others.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and inputs is not None:
+            kwargs["token_mask"] = attention_mask[:, -inputs.shape[1] :].bool()
+        return super().forward(  # type: ignore[no-any-return]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
@@ -128,7 +167,9 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
         )
         layers = moe_layers(self)
         if layers:
-            outputs.aux_loss = torch.stack([layer.aux_loss.to(self.device) for layer in layers]).sum()
+            # With the layers spread over devices, theirs may be another than the head's, where the loss is.
+            anchor: Any = outputs.logits if outputs.loss is None else outputs.loss
+            outputs.aux_loss = torch.stack([layer.aux_loss.to(anchor.device) for layer in layers]).sum()
         if outputs.loss is not None and outputs.aux_loss is not None:
             outputs.loss = outputs.loss + outputs.aux_loss
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
