@@ -93,7 +93,7 @@ def _preference(report: dict[str, Any]) -> Figure:
         title = f"preference for {name} (blue)" + (f" or {names[1]} (red)" if len(names) == 2 else "")
         panels[title] = _table([[part - even for part in layer["domain_mix"][name]] for layer in report["layers"]])
     # Blue to red through white, told apart by any eye; the even part in the middle.
-    return _heat_maps(report, panels, "part of tokens above even", cmap="RdBu", vmin=even - 1, vmax=1 - even)
+    return _heat_maps(report, panels, "above even", cmap="RdBu", vmin=even - 1, vmax=1 - even)
 
 
 def _layers(report: dict[str, Any]) -> Figure:
@@ -130,7 +130,7 @@ def _transitions(report: dict[str, Any]) -> Figure:
     chosen = [report["transitions"][i] for i in _spread(len(report["transitions"]), 9)]
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = _figure(2.6 * columns + 0.9, 2.7 * rows)
+    figure = _figure(2.6 * columns + 0.9, 2.7 * rows + 0.3)
     top = max(max(map(max, transition["probabilities"])) for transition in chosen) or 1.0
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for one, transition in zip(axes, chosen, strict=False):
