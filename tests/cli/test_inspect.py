@@ -61,6 +61,19 @@ def test_a_run_is_inspected_on_what_it_held_out(
     assert {passage.document for passage in trace.passages} == {document.name for document in held_out}
 
 
+@pytest.mark.parametrize("note", ["{", "[]", '{"status": "finished"}', '{"recipe": {"data": {"sources": 3}}}'])
+def test_a_broken_note_of_a_run_is_said_in_one_line(
+    note: str, models: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(models / "ours", tmp_path / "my-run" / "model")
+    (tmp_path / "my-run" / "run.json").write_text(note)
+    assert run(["inspect", "my-run"]) == 2
+    captured = capsys.readouterr()
+    assert "'my-run/run.json' cannot be read: " in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "my-run" / "report").exists()
+
+
 def test_unreadable_files_are_named(
     models: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -76,7 +89,7 @@ def test_unreadable_files_are_named(
     [
         (["dense"], "LlamaForCausalLM has no MoE layer"),
         (["nothing"], "no model folder"),
-        (["ours", "--tokens", "0"], "at least 1"),
+        (["ours", "--tokens", "0"], "tokens is 0: it must be at least 1"),
         (["ours", "--out", "a.py"], "that is a file"),
         (["ours", "--out", "."], "it holds other files"),
         (["ours", "--data", "missing.txt"], "does not exist"),

@@ -34,36 +34,23 @@ def command(
     from rich.progress import Progress
 
     from moesaic.cli.output import print_json
-    from moesaic.hf.load import load_model
-    from moesaic.inspect import check_out, collect, read_documents, write_report
-    from moesaic.train.folder import NOTE, RunFolder
-    from moesaic.train.recipe_file import recorded_recipe
+    from moesaic.inspect import inspect_folder
 
-    name = model.resolve().name
-    is_run = (model / NOTE).is_file()
-    folder = check_out(out or (model / "report" if is_run else Path(f"{name}-report")))
-    loaded, tokenizer = load_model(model)
-    settings = recorded_recipe(RunFolder(model).read()["recipe"], str(model / NOTE)).data if is_run else None
-    held_out = settings.validation_fraction if settings else 0.05
-    corpus = read_documents(
-        data or (settings.sources if settings else ["stdlib"]), held_out if data in (None, [], ["stdlib"]) else None
-    )
-    for skipped in corpus.skipped:
-        print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("tokens", total=None)
-        trace = collect(
-            loaded,
-            tokenizer,
-            corpus.documents,
-            name=name,
+        done = inspect_folder(
+            model,
+            sources=data,
+            out=out,
             max_tokens=tokens,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    report = write_report(trace, folder)
+    for skipped in done.skipped:
+        print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
     if as_json:
-        print_json({"folder": folder, "files": sorted(path.name for path in folder.iterdir()), "report": report})
+        files = sorted(path.name for path in done.folder.iterdir())
+        print_json({"folder": done.folder, "files": files, "report": done.report})
         return
-    for finding in report["findings"]:
+    for finding in done.report["findings"]:
         print(f"{finding['title']}: {finding['text']}")
-    print(f"\nwrote the report to {folder / 'index.html'}")
+    print(f"\nwrote the report to {done.folder / 'index.html'}")

@@ -155,8 +155,11 @@ def _watched_modules(model: nn.Module) -> list[_Record]:
 
 
 def _num_experts(module: nn.Module) -> int:
-    """The experts whose weights are here: the first dimension of every parameter of transformers' interface."""
-    return int(next(module.parameters()).shape[0])
+    """The experts whose weights are here: the first dimension of each of the module's own parameters.
+
+    A norm inside it (``post_expert_norm``) has parameters of another shape.
+    """
+    return int(next(module.parameters(recurse=False)).shape[0])
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from moesaic import MoesaicConfig, MoesaicForCausalLM
 from moesaic.data import Document, train_tokenizer
 from moesaic.errors import ConfigError, DataError, UnsupportedError, UsageError
 from moesaic.inspect import RoutingTrace, collect
-from moesaic.inspect.collect import entropy_from_logits, score_entropy, weight_entropy
+from moesaic.inspect.tracing import entropy_from_logits, score_entropy, weight_entropy
 from moesaic.layer import MoE, moe_layers
 
 DOCUMENTS = [
