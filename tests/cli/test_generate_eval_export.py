@@ -44,6 +44,12 @@ def test_generate_reads_a_prompt_from_standard_input(
     assert json.loads(capsys.readouterr().out)["prompt"] == "def add"
 
 
+def test_generate_by_default_stays_within_a_short_context(models: Path, capsys: Captured) -> None:
+    assert run(["generate", str(models / "ours"), "--prompt", "def add", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["prompt_tokens"] + told["new_tokens"] == 64 or told["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -102,7 +102,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda f: edit_config(f, num_experts_per_tok=9), "top_k is 9"),
         (
             lambda f: edit_config(f, hidden_size=32),
-            r"do not match their configuration: mismatched keys: lm_head.weight \(saved \[64, 16\], configured \[64, 32\]",
+            r"not match their configuration: mismatched keys: lm_head.weight \(saved \[64, 16\], configured \[64, 32\]",
         ),
         (lambda f: edit_config(f, num_hidden_layers=3), "do not match their configuration: missing keys"),
         (
@@ -130,7 +130,7 @@ def test_code_in_the_folder_is_not_run(broken: Path, tmp_path: Path) -> None:
     trace = tmp_path / "was run"
     (broken / "code.py").write_text(f"open({str(trace)!r}, 'w')\nclass C: pass\n")
     edit_config(broken, model_type="foreign", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"})
-    with pytest.raises(CheckpointError, match="the configuration in .* cannot be loaded: .*custom code") as caught:
+    with pytest.raises(CheckpointError, match=r"the configuration in .* cannot be loaded: .*custom code") as caught:
         load_model(broken)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
@@ -149,7 +149,7 @@ def test_a_quantization_that_is_not_installed(broken: Path, monkeypatch: pytest.
         raise ImportError("Using `bitsandbytes`\nrequires Accelerate")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
-    with pytest.raises(CheckpointError, match="the weights in .*: Using `bitsandbytes` requires Accelerate$"):
+    with pytest.raises(CheckpointError, match=r"the weights in .*: Using `bitsandbytes` requires Accelerate$"):
         load_model(broken)
 
 
@@ -202,6 +202,46 @@ def test_an_empty_prompt_starts_a_text(saved: Path) -> None:
 def test_a_prompt_beyond_the_context_is_refused(saved: Path) -> None:
     with pytest.raises(DataError, match="at most 48"):
         generate(*load_model(saved), "A" * 40, Sampling(max_new_tokens=9))
+
+
+def test_by_default_a_text_ends_with_the_context(saved: Path) -> None:
+    model, tokenizer = load_model(saved)
+    model.generation_config.eos_token_id = None
+    made = generate(model, tokenizer, "A" * 40, Sampling())
+    assert (made.new_tokens, made.finish_reason) == (8, "length")
+    with pytest.raises(DataError, match=r"the prompt has 48 tokens and one new token at least: .* at most 48"):
+        generate(model, tokenizer, "A" * 48, Sampling())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_the_models_own_settings_do_not_take_the_place_of_ours(broken: Path, saved: Path, temperature: float) -> None:
+    others = {
+        "do_sample": True,
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "repetition_penalty": 50.0,
+        "no_repeat_ngram_size": 1,
+        "min_p": 0.99,
+        "typical_p": 0.1,
+        "epsilon_cutoff": 0.5,
+        "top_k": 1,
+        "top_p": 0.1,
+        "temperature": 0.1,
+        "min_new_tokens": 30,
+        "max_new_tokens": 1,
+    }
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": 7} | others))
+    sampling = Sampling(max_new_tokens=20, temperature=temperature, seed=3)
+    model, tokenizer = load_model(broken)
+    plain, _ = load_model(saved)
+    plain.generation_config.eos_token_id = 7
+    wanted = generate(plain, tokenizer, "ABC", sampling)
+    pieces: list[str] = []
+    made = generate(model, tokenizer, "ABC", sampling, on_text=pieces.append)
+    assert (made.text, made.finish_reason) == (wanted.text, wanted.finish_reason)
+    assert "".join(pieces).strip()
+    assert model.generation_config.num_beams == 2
 
 
 def test_chat_without_a_template_is_refused(saved: Path) -> None:

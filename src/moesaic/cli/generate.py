@@ -11,7 +11,9 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help="A model folder, or the folder of a training run.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most so many new tokens. [default: 128, or what the context has room for]")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the K most probable tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens with this much probability.")] = 0.95,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from moesaic.errors import ConfigError, DataError
+
+_DEFAULT_LENGTH = 128
+_FACTS = ("bos_token_id", "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
+        max_new_tokens: None for 128, or as many as the model's context has room for after the prompt.
         temperature: 0 takes the most probable token; top_k: 0 for no limit; top_p in (0, 1]; min_p in [0, 1).
         repetition_penalty: 1 for none, above 1 to discourage tokens that stand in the text already.
 
@@ -26,7 +31,7 @@ class Sampling:
         ConfigError: for a value out of range.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 0.95
@@ -36,7 +41,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is no limit)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -50,9 +55,7 @@ class Sampling:
 
     def arguments(self) -> dict[str, Any]:
         """The same as keywords of transformers' ``generate``."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        if self.repetition_penalty != 1:
-            arguments["repetition_penalty"] = self.repetition_penalty
+        arguments: dict[str, Any] = {"do_sample": self.temperature > 0, "repetition_penalty": self.repetition_penalty}
         if self.temperature > 0:
             arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             arguments |= {"min_p": self.min_p} if self.min_p else {}
@@ -92,20 +95,16 @@ def generate(
     """
     ids_1S = _encode(tokenizer, prompt, chat).to(model.device)
     prompt_tokens = ids_1S.shape[1]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt_tokens + sampling.max_new_tokens > context:
-        raise DataError(
-            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {sampling.max_new_tokens}: "
-            f"together they may have at most {context}, the model's context"
-        )
+    max_new_tokens = _length(model, prompt_tokens, sampling.max_new_tokens)
     set_seed(sampling.seed)
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), _own_generation_config(model):
         output = model.generate(  # type: ignore[operator]
             ids_1S,
             attention_mask=torch.ones_like(ids_1S),
             streamer=_Streamer(tokenizer, on_text) if on_text else None,
             pad_token_id=_first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
+            max_new_tokens=max_new_tokens,
             **sampling.arguments(),
         )
     seconds = time.perf_counter() - start
@@ -118,6 +117,35 @@ def generate(
         finish_reason="stop" if new_ids and new_ids[-1] in _end_ids(model) else "length",
         seconds=seconds,
     )
+
+
+def _length(model: PreTrainedModel, prompt_tokens: int, wanted: int | None) -> int:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return wanted or _DEFAULT_LENGTH
+    room = context - prompt_tokens
+    if room < (wanted or 1):
+        asked = "one new token at least" if wanted is None else f"max_new_tokens is {wanted}"
+        raise DataError(
+            f"the prompt has {prompt_tokens} tokens and {asked}: "
+            f"together they may have at most {context}, the model's context"
+        )
+    return wanted or min(_DEFAULT_LENGTH, room)
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Of the model's generation_config only what is a fact of the model.
+
+    transformers takes whatever a call does not say from there: beams, penalties, several sequences, that our settings
+    promise not to be.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(before, name, None) for name in _FACTS})
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
