@@ -12,7 +12,8 @@ def command(
     model: Annotated[str, typer.Argument(help="A model folder, or the folder of a training run.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")] = "",
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="At most so many new tokens. [default: 128, or what the context has room for]")
+        int | None,
+        typer.Option(help="At most so many new tokens.", show_default="128, or what the context has room for"),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the K most probable tokens; 0 for all.")] = 0,
