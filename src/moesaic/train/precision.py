@@ -8,6 +8,7 @@ from moesaic import hardware
 from moesaic.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16")
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # features as Linux names them; the last one is of aarch64
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -25,7 +26,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(hardware.cpu().features) else "fp32"
+    return "bf16" if _BF16 & set(hardware.cpu().features) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
