@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -57,6 +58,18 @@ def test_another_process_is_refused_and_its_end_frees_the_folder(tmp_path: Path)
     mine = RunFolder(tmp_path)
     mine.open(**FRESH)  # the lock went with the process, though its file is still there
     mine.close()
+
+
+@pytest.mark.parametrize("use", ["check", "open"])
+def test_a_file_system_without_locks_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    if use == "check":
+        (tmp_path / "lock").touch()  # without it there is nothing to lock yet
+    with pytest.raises(UsageError, match=r"cannot be locked \(No locks available\): choose one on another file system"):
+        getattr(RunFolder(tmp_path), use)(**FRESH)
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

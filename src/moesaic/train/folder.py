@@ -125,7 +125,7 @@ class RunFolder:
     def _acquire(self) -> None:
         while True:
             lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            if not _try_lock(lock):
+            if not self._lock_is_free(lock):
                 os.close(lock)
                 raise self._in_use()
             if _is_named(lock, self.path / LOCK):
@@ -141,9 +141,18 @@ class RunFolder:
         except OSError:
             return False
         try:
-            return self._lock is None and not _try_lock(lock)
+            return self._lock is None and not self._lock_is_free(lock)
         finally:
             os.close(lock)
+
+    def _lock_is_free(self, handle: int) -> bool:
+        try:
+            return _try_lock(handle)
+        except OSError as error:  # such as ENOLCK on some network file systems
+            raise UsageError(
+                f"the output folder {str(self.path)!r} cannot be locked ({error.strerror or error}): "
+                "choose one on another file system with --out"
+            ) from error
 
     def _in_use(self) -> UsageError:
         try:
