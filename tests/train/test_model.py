@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tests.train import tiny
@@ -21,6 +23,7 @@ MISTAKES = [
     (["batch_size=6", "accumulation=4"], "train.batch_size is 6: train.accumulation = 4 must divide it"),
     (["sequence_length=4096"], "data.sequence_length is 4096: it must be at most model.max_length = 1024"),
     (["steps=5", "warmup_steps=6"], "train.warmup_steps is 6: it must be at most train.steps = 5"),
+    (["threads=3"], "train.threads is 3: it must be at most 2, the CPU cores of this machine"),
     (["dense_layers=[0, 4]"], "model.dense_layers names layer 4: it must be below num_layers = 4"),
     (["router=softmax"], "unknown router 'softmax': did you mean 'softmax_topk'?"),
     (["activation=swigloo"], "unknown activation 'swigloo': did you mean 'swiglu'?"),
@@ -32,7 +35,10 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES, ids=lambda value: str(value)[:40])
-def test_settings_that_do_not_go_together_are_refused(words: list[str], expected: str) -> None:
+def test_settings_that_do_not_go_together_are_refused(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     with pytest.raises(ConfigError) as raised:
         check(load_recipe(None, words))
     assert expected in str(raised.value)
@@ -78,6 +84,28 @@ def test_the_end_of_text_token_is_set_and_its_embedding_is_trained(recipe: Recip
     assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == end
     model(input_ids=torch.tensor([[end, end]]), labels=torch.tensor([[end, end]])).loss.backward()
     assert model.model.embed_tokens.weight.grad[end].abs().sum() > 0
+
+
+def test_a_model_that_is_too_large_for_the_memory_is_explained(corpus: list[str]) -> None:
+    # More than the 2^47 bytes that a process may address, so that no machine tries.
+    recipe = tiny.recipe(corpus, "d_ff=1000000000000", "num_layers=1")
+    data = tiny.data_of(recipe)
+    with pytest.raises(ConfigError, match="not enough memory for the model") as raised:
+        build_model(recipe, data.vocab_size, data.tokenizer, tiny.CPU)
+    told = re.search(r"its ([\d,]+) parameters need ([\d,.]+) GiB", str(raised.value))
+    assert told is not None
+    count, gib = (float(number.replace(",", "")) for number in told.groups())
+    experts = 4 * 3 * 32 * 10**12
+    assert count == pytest.approx(experts, rel=1e-9)
+    assert gib == pytest.approx(4 * experts / 2**30, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [10**18, 10**30])
+def test_sizes_beyond_64_bits_are_explained(corpus: list[str], size: int) -> None:
+    recipe = tiny.recipe(corpus, f"d_ff={size}")
+    data = tiny.data_of(recipe)
+    with pytest.raises(ConfigError, match="not enough memory for the model: its parameters are too many to count"):
+        build_model(recipe, data.vocab_size, data.tokenizer, tiny.CPU)
 
 
 def test_the_seed_decides_the_weights(corpus: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def check(recipe: Recipe) -> None:
     if beyond := [layer for layer in model.dense_layers if layer >= model.num_layers]:
         raise ConfigError(
             f"model.dense_layers names layer {beyond[0]}: it must be below num_layers = {model.num_layers}"
+        )
+    cores = os.cpu_count() or 1
+    if train.threads > cores:
+        raise ConfigError(
+            f"train.threads is {train.threads}: it must be at most {cores}, the CPU cores of this machine"
         )
     build_config(recipe, data.vocab_size)
 
@@ -91,12 +97,39 @@ def build_config(recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizer
 def build_model(
     recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> MoesaicForCausalLM:
-    """A freshly initialized model in float32, drawn on the CPU with ``train.seed`` from PyTorch's generator."""
+    """A freshly initialized model in float32, drawn on the CPU with ``train.seed`` from PyTorch's generator.
+
+    Raises:
+        ConfigError: where there is not enough memory for it.
+    """
     torch.manual_seed(recipe.train.seed)
-    model = MoesaicForCausalLM(build_config(recipe, vocab_size, tokenizer))
+    config = build_config(recipe, vocab_size, tokenizer)
+    try:
+        model = MoesaicForCausalLM(config)
+        nn.Module.to(model, device, torch.float32)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if not _is_too_large(error):
+            raise
+        raise ConfigError(
+            f"there is not enough memory for the model: {_needed(config)}; choose smaller sizes in [model]"
+        ) from error
     model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    nn.Module.to(model, device, torch.float32)
     return model
+
+
+def _is_too_large(error: Exception) -> bool:
+    # PyTorch's allocator for the CPU has no exception of its own, and neither have sizes beyond 64 bits.
+    told = ("can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in told)
+
+
+def _needed(config: MoesaicConfig) -> str:
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in MoesaicForCausalLM(config).parameters())
+    except (RuntimeError, TypeError):
+        return "its parameters are too many to count in 64 bits"
+    return f"its {count:,} parameters need {4 * count / 2**30:,.1f} GiB, and training them about four times as much"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

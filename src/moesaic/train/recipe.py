@@ -1,7 +1,7 @@
 """A recipe: everything that decides a training run, in three sections.
 
-The defaults are ordinary ones for a small model; those of the demo are in ``demo.toml`` beside this file. Docs and error
-messages are made from the descriptions and ranges below.
+The defaults are ordinary ones for a small model; the demo's values are in ``demo.toml`` beside this file. Docs and
+error messages are made from the descriptions and ranges below.
 """
 
 from __future__ import annotations
