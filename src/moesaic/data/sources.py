@@ -22,9 +22,9 @@ def load_corpus(sources: Sequence[str] = (STDLIB,)) -> Corpus:
     ``"stdlib"`` is Python's own standard library (domains ``code`` and ``prose``, no download). ``PATH`` is a
     file, or a folder that is walked without hidden entries, of ``.txt``, ``.md``, ``.py``, ``.jsonl`` (field
     ``text``) or ``.parquet`` (column ``text``), where every row is a document. The
-    domain of a bare ``PATH`` is its last component without
-    the extension. Line ends become ``\\n`` and a byte-order mark is dropped; a text that occurs twice (white
-    space aside) is kept once. What cannot be read is skipped and listed in ``Corpus.skipped``.
+    domain of a bare ``PATH`` is its last component without the extension. Line ends become ``\\n`` and a
+    byte-order mark is dropped; a text that occurs twice (white space aside) is kept once. What cannot be read
+    is skipped and listed in ``Corpus.skipped``.
 
     Raises :class:`DataError` for a missing path, a file of another type, and a corpus that is empty after
     all; :class:`MissingDependencyError` for ``.parquet`` without pyarrow.

@@ -16,9 +16,9 @@ def split_corpus(corpus: Corpus, validation_fraction: float = 0.05) -> tuple[lis
     ``.parquet`` files are split by row, each by a digest of its text: a row that is inserted, removed or moved
     leaves the others where they are.
 
-    Two exceptions, for small corpora: a domain with all of its documents on one side gives the one whose hash is nearest to
-    the border to the other side, and a domain with one document only has that document's end cut off, at a
-    line end where there is one, for validation.
+    Two exceptions, for small corpora: a domain with all of its documents on one side gives the one whose hash
+    is nearest to the border to the other side, and a domain with one document only has that document's end cut
+    off, at a line end where there is one, for validation.
 
     Raises :class:`ConfigError` unless ``0 < validation_fraction < 1``.
     """
