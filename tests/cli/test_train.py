@@ -54,7 +54,8 @@ def test_it_trains_and_prints_perplexity_before_and_after(moesaic: Run, recipe: 
     assert code == 0, err
     assert "Validation perplexity" in out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["domain", "sums", "words"]
-    assert f"4 steps, 256 tokens, 0 s; model in {tmp_path / 'run/model'}" in out
+    assert "4 steps, 256 tokens, " in out
+    assert f"; model in {tmp_path / 'run/model'}" in out
     assert "validation perplexity at step 0: sums " in err
     assert "step 4/4 · loss " in err
     assert "load max/mean" in err
@@ -76,6 +77,13 @@ def test_without_out_the_run_is_named_after_the_recipe(
     assert (tmp_path / "runs/tiny/run.json").is_file()
 
 
+def test_data_is_short_for_the_sources(moesaic: Run, recipe: Path, corpus: list[str], tmp_path: Path) -> None:
+    code, out, err = moesaic("train", recipe, "train.steps=3", "--data", corpus[0], "--out", tmp_path / "run", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["after"]) == {"words"}
+    assert json.loads((tmp_path / "run/run.json").read_text())["recipe"]["data"]["sources"] == [corpus[0]]
+
+
 # Words after the recipe; what must stand in the one line of the error.
 BAD = [
     (["train.stpes=3"], "unknown recipe key 'train.stpes' in the command line: did you mean 'train.steps'?"),
@@ -86,6 +94,11 @@ BAD = [
     (["data.sources=no-such-file.txt"], "data path 'no-such-file.txt' does not exist"),
     (["data.sources=empty=EMPTY"], "the corpus is empty"),
     (["data.tokenizer=no-such-tokenizer"], "no tokenizer 'no-such-tokenizer'"),
+    (["--data", "EMPTY", "data.sources=EMPTY"], "the data is named twice: give either --data or data.sources=..."),
+    (["-d", "EMPTY", "sources=EMPTY"], "the data is named twice: give either --data or data.sources=..."),
+    (["-d", "no-such-file.txt"], "data path 'no-such-file.txt' does not exist"),
+    (["train.threads=100000"], "train.threads is 100000: it must be at most "),
+    (["model.d_ff=1000000000000"], "there is not enough memory for the model: its "),
     (["other.toml"], "give at most one recipe file, not 2"),
     (["--resume"], "there is no run to resume in"),
     (["--out", "EMPTY"], "cannot be written to: choose another one with --out"),

@@ -184,8 +184,13 @@ def test_a_signal_before_the_first_step_and_after_the_last(finished: Path, recip
         def validation(self, step: int, results: object) -> None:
             tiny.send(signal.SIGTERM)()
 
-    with pytest.raises(Interrupted, match="after step 0 of 12"):
+    with pytest.raises(Interrupted) as raised:
         train(recipe, out, display=Early())
+    assert str(raised.value) == (
+        "stopped by SIGTERM before the first step: nothing is trained or saved; "
+        f"start again with: moesaic train --resume --out {out}"
+    )
+    assert steps(out) == []
     with pytest.raises(Interrupted, match="after step 12 of 12"):
         train(recipe, out, resume=True, display=tiny.AtStep(12, tiny.send(signal.SIGTERM)))
     assert not (out / "model").exists()
@@ -457,6 +462,41 @@ def test_resuming_needs_no_recipe(recipe: Recipe, out: Path) -> None:
     interrupted(recipe, out)
     assert choose([], out, resume=True) == (recipe, out)
     assert choose(["keep=7"], out, resume=True) == (override(recipe, ["keep=7"]), out)
+
+
+def test_a_run_that_names_its_text_by_relative_paths_goes_on_from_anywhere(
+    finished: Path, corpus: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(corpus[0].partition("=")[2]).parent
+    monkeypatch.chdir(text)
+    interrupted(tiny.recipe(["words=words", "./sums"]), out)
+    (tmp_path / "else/words").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "else")  # has words of its own, which are not meant
+    recipe, _ = choose([], out, resume=True)
+    assert recipe.data.sources == [f"words={text / 'words'}", str(text / "sums")]
+    train(recipe, out, resume=True)
+    assert tiny.losses(out) == tiny.losses(finished)
+
+
+def test_a_recipe_file_means_its_paths_from_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/b=c").mkdir(parents=True)
+    (tmp_path / "a/tokens").mkdir()
+    (tmp_path / "a/link.txt").symlink_to(tmp_path / "a/real.txt")
+    (tmp_path / "a/real.txt").write_text("text")
+    monkeypatch.chdir(tmp_path / "a")
+    sources = ["stdlib", "b=c", "x=../a/tokens", "link.txt", "none.txt", "y="]
+    recipe, _ = choose([f"data.sources={sources}", "tokenizer=tokens"])
+    top = tmp_path / "a"
+    expected = ["stdlib", str(top / "b=c"), f"x={top / 'tokens'}", str(top / "link.txt"), "none.txt", "y="]
+    assert recipe.data.sources == expected
+    assert recipe.data.tokenizer == str(top / "tokens")
+    assert choose(["tokenizer=gpt2"])[0].data.tokenizer == "gpt2"
+
+
+def test_data_takes_the_place_of_the_sources(tmp_path: Path) -> None:
+    assert choose(["steps=9"], sources=[str(tmp_path), "stdlib"])[0].data.sources == [str(tmp_path), "stdlib"]
+    with pytest.raises(UsageError, match="the data is named twice"):
+        choose(["sources=stdlib"], sources=["stdlib"])
 
 
 def test_a_recipe_may_have_an_equals_sign_in_its_path(tmp_path: Path) -> None:

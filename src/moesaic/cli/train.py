@@ -16,6 +16,12 @@ def command(
             help="A recipe (default: the demo) and keys that differ from it, such as train.steps=100.",
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", "-d", help="A file or folder of text, DOMAIN=PATH, or 'stdlib'; short for data.sources."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder. Default: runs/NAME, by the name of the recipe.")
     ] = None,
@@ -28,7 +34,7 @@ def command(
     from moesaic.train.display import ConsoleDisplay
     from moesaic.train.run import choose, train
 
-    recipe, folder = choose(words or [], out, resume=resume)
+    recipe, folder = choose(words or [], out, resume=resume, sources=data)
     result = train(recipe, folder, resume=resume, overwrite=overwrite, display=ConsoleDisplay())
     if as_json:
         print_json(result)

@@ -6,7 +6,7 @@ import datetime
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from moesaic import hardware
 from moesaic.data import TokenData
+from moesaic.data.documents import Skipped
 from moesaic.train.evaluate import DomainResult
 from moesaic.train.loop import Trainer
 
@@ -52,6 +53,12 @@ def data_note(data: TokenData) -> dict[str, Any]:
         "skipped": [asdict(skip) for skip in data.skipped],
         "duplicates": data.duplicates,
     }
+
+
+def skipped_line(skipped: Sequence[Skipped]) -> str:
+    """How much of the data could not be read, and an example with its reason; ``skipped`` is not empty."""
+    count = sum(skip.count for skip in skipped)
+    return f"skipped {count} that could not be read, such as {skipped[0].path}: {skipped[0].reason}"
 
 
 def life_note(step: int) -> dict[str, Any]:

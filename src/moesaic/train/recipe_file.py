@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from moesaic.data.sources import STDLIB
 from moesaic.errors import ConfigError, UsageError
 from moesaic.train.recipe import SECTIONS, Recipe, known_keys
 
@@ -50,6 +51,34 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
             table = table[section]
         table[key] = _value(text)
     return _validated(tables, COMMAND_LINE)
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the files and folders that its data names resolved, so that it means them from anywhere.
+
+    Names (``stdlib``, a tokenizer of the hub) stay, and so does what does not exist.
+    """
+    tokenizer = recipe.data.tokenizer
+    changes = {
+        "sources": [source if source == STDLIB else _absolute_source(source) for source in recipe.data.sources],
+        "tokenizer": tokenizer and _absolute(tokenizer),
+    }
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+
+
+def _absolute_source(source: str) -> str:
+    domain, equals, path = source.partition("=")
+    if not equals or Path(source).exists():  # a path may hold an equals sign itself
+        return _absolute(source)
+    return f"{domain}={_absolute(path)}" if path else source
+
+
+def _absolute(text: str) -> str:
+    path = Path(text)
+    if path.is_dir():
+        return str(path.resolve())
+    # A file that is a link keeps its own name, which its documents are ordered by.
+    return str(path.parent.resolve() / path.name) if path.exists() else text
 
 
 def recorded_recipe(tables: dict[str, Any], where: str) -> Recipe:

@@ -17,7 +17,7 @@ from moesaic.data import Batches, TokenData, prepare, validation_windows
 from moesaic.errors import CheckpointError, DataError, Interrupted, MoesaicError, UsageError
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.train.checkpoint import Checkpoints, NoSpaceError, is_disk_full, newest_good
-from moesaic.train.describe import data_note, environment, environment_changes, life_note, now, plain
+from moesaic.train.describe import data_note, environment, environment_changes, life_note, now, plain, skipped_line
 from moesaic.train.display import Display
 from moesaic.train.evaluate import DomainResult, bytes_per_token, evaluate
 from moesaic.train.folder import RunFolder
@@ -26,7 +26,7 @@ from moesaic.train.metrics import MetricsLog
 from moesaic.train.model import build_model, check, count_parameters
 from moesaic.train.precision import choose_device, choose_precision
 from moesaic.train.recipe import Recipe
-from moesaic.train.recipe_file import load_recipe, override, recorded_recipe
+from moesaic.train.recipe_file import load_recipe, override, recorded_recipe, with_absolute_paths
 from moesaic.train.signals import StopRequest
 
 
@@ -53,16 +53,19 @@ class RunResult:
     active_parameters: int
 
 
-def choose(words: Sequence[str], out: str | Path | None = None, *, resume: bool = False) -> tuple[Recipe, Path]:
+def choose(
+    words: Sequence[str], out: str | Path | None = None, *, resume: bool = False, sources: Sequence[str] | None = None
+) -> tuple[Recipe, Path]:
     """The recipe and the run folder that a command line means.
 
     Args:
         words: at most one recipe file, and any number of ``key=value``.
         out: ``runs/<name of the recipe>`` by default.
         resume: without a recipe file, that of the run in the folder is meant.
+        sources: short for ``data.sources``.
 
     Raises:
-        UsageError: for two files, or a missing one.
+        UsageError: for two files, a missing one, or data that is named twice.
         ConfigError: for what a recipe does not allow.
         CheckpointError: where there is no run to resume.
     """
@@ -70,13 +73,17 @@ def choose(words: Sequence[str], out: str | Path | None = None, *, resume: bool 
     files = [word for word in words if word not in overrides]
     if len(files) > 1:
         raise UsageError(f"give at most one recipe file, not {len(files)}: {', '.join(files)}")
+    if sources and any(word.partition("=")[0].strip() in ("data.sources", "sources") for word in overrides):
+        raise UsageError("the data is named twice: give either --data or data.sources=...")
     recipe = load_recipe(files[0] if files else None, overrides)
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     if resume and not files:
         run = RunFolder(folder)
         run.check(resume=True, overwrite=False)
         recipe = override(recorded_recipe(run.read()["recipe"], str(folder / "run.json")), overrides)
-    return recipe, folder
+    if sources:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": list(sources)})})
+    return with_absolute_paths(recipe), folder
 
 
 def train(
@@ -101,6 +108,7 @@ def train(
     """
     display = display or Display()
     run = RunFolder(Path(folder))
+    recipe = with_absolute_paths(recipe)
     check(recipe)
     device = choose_device(recipe.train.device)
     run.check(resume=resume, overwrite=overwrite)
@@ -170,10 +178,16 @@ class _Run:
     def _finish(self, log: MetricsLog, stop: StopRequest) -> RunResult:
         self.checkpoints.wait()
         after = {} if stop.received else self._validate(log)
+        go_on = f"moesaic train --resume --out {shlex.quote(str(self.folder.path))}"
+        if stop.received and not self.trainer.step:
+            raise Interrupted(
+                f"stopped by {stop.received.name} before the first step: nothing is trained or saved; "
+                f"start again with: {go_on}"
+            )
         if stop.received:
             raise Interrupted(
                 f"stopped by {stop.received.name} after step {self.trainer.step} of {self.recipe.train.steps}, "
-                f"which is saved; go on with: moesaic train --resume --out {shlex.quote(str(self.folder.path))}"
+                f"which is saved; go on with: {go_on}"
             )
         self._save_model()
         progress = self.trainer.progress()
@@ -266,12 +280,8 @@ class _Run:
     def _tell_start(self) -> None:
         counts = self.data.counts["train"]
         text = ", ".join(f"{name} {counts[name].tokens:,}" for name in self.data.domains)
-        skipped = sum(skip.count for skip in self.data.skipped)
-        if skipped:
-            first = self.data.skipped[0]
-            self.display.say(
-                f"skipped {skipped} that could not be read (all in run.json), such as {first.path}: {first.reason}"
-            )
+        if self.data.skipped:
+            self.display.say(f"{skipped_line(self.data.skipped)} (all in run.json)")
         self.display.say(
             f"{self.parameters / 1e6:.1f} M parameters, {self.active_parameters / 1e6:.1f} M per token; "
             f"training tokens: {text}; {self.trainer.precision} on {self.trainer.device}; folder {self.folder.path}"
