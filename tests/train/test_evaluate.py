@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tests.train import tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from moesaic.cli import main
 from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.layer import moe_layers
 from moesaic.train.evaluate import bytes_per_token, evaluate, evaluate_folder
@@ -125,8 +127,20 @@ def test_bad_requests_are_explained(model: torch.nn.Module) -> None:
         evaluate(model, TOKENS, sequence_length=8, precision="fp8")
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         evaluate(model, TOKENS, sequence_length=8, max_tokens=0)
+    with pytest.raises(ConfigError, match="batch_size is 0: it must be at least 1"):
+        evaluate(model, TOKENS, sequence_length=8, batch_size=0)
     with pytest.raises(DataError, match="35 tokens"):
         evaluate(model, TOKENS, sequence_length=40)
+    with pytest.raises(ConfigError, match="sequence_length is 65: it must be at most 64"):
+        evaluate(model, {"a": np.arange(400) % 40}, sequence_length=65)
+    assert evaluate(model, {"a": np.arange(400) % 40}, sequence_length=64)["a"].tokens == 384
+
+
+def test_learned_positions_end_where_the_model_says() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    assert evaluate(model, TOKENS, sequence_length=16)["b"].tokens == 32
+    with pytest.raises(ConfigError, match="sequence_length is 17: it must be at most 16"):
+        evaluate(model, TOKENS, sequence_length=17)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +158,44 @@ def test_a_run_is_measured_as_it_measured_itself(run: Path) -> None:
         {name: result["loss"] for name, result in recorded.items()}, rel=1e-6
     )
     assert report.domains["words"].bits_per_byte == pytest.approx(recorded["words"]["bits_per_byte"], rel=1e-6)
+
+
+@pytest.fixture
+def relative_run(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run on text of its own, ``txt``, which was named from the folder above it."""
+    shutil.copytree(corpus[0].partition("=")[2], tmp_path / "a/txt")
+    monkeypatch.chdir(tmp_path / "a")
+    train(tiny.recipe(["words=txt"], "eval_tokens=0", "steps=3"), tmp_path / "a/run")
+    return tmp_path / "a/run"
+
+
+def test_a_run_measured_from_another_folder_uses_its_own_text(
+    relative_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b/txt").mkdir(parents=True)
+    (tmp_path / "b/txt/other.txt").write_text("9 8 7 " * 900)
+    monkeypatch.chdir(tmp_path / "b")
+    report = evaluate_folder("../a/run")
+    recorded = json.loads((relative_run / "run.json").read_text())["results"]["after"]
+    assert report.domains["words"].loss == pytest.approx(recorded["words"]["loss"], rel=1e-6)
+    assert not report.text_changed
+
+
+def test_text_that_changed_since_training_is_pointed_out(
+    relative_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a/txt/0.txt").write_text("something else " * 200)
+    (tmp_path / "a/txt/broken.txt").write_bytes(b"\0\1")
+    report = evaluate_folder(relative_run)
+    assert report.text_changed
+    assert [(Path(skip.path).name, skip.count) for skip in report.skipped] == [("broken.txt", 1)]
+    assert not evaluate_folder(relative_run, sources=[str(tmp_path / "a/txt")]).text_changed
+    assert main.run(["eval", str(relative_run), "--json"]) == 0
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert (told["text_changed"], told["skipped"][0]["reason"]) == (True, report.skipped[0].reason)
+    assert f"warning: the text has changed since {relative_run} was trained on it" in captured.err
+    assert f"skipped 1 that could not be read, such as {report.skipped[0].path}: binary" in captured.err
 
 
 def test_given_text_is_measured_as_a_whole(run: Path, tmp_path: Path) -> None:

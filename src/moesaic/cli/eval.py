@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -23,7 +24,9 @@ def command(
             help="validation: the held-out part; all: everything. Default: all for --data PATH, else validation."
         ),
     ] = "",
-    sequence_length: Annotated[int, typer.Option(help="Tokens a window; 0: those of the run, else what fits, up to 1024.")] = 0,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens a window; 0: those of the run, else what fits, up to 1024.")
+    ] = 0,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens a domain; 0 for all.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
@@ -31,6 +34,7 @@ def command(
 ) -> None:
     """Measure the perplexity of our model, or of any causal language model of transformers on disk."""
     from moesaic.cli.output import print_json, print_table
+    from moesaic.train.describe import skipped_line
     from moesaic.train.evaluate import evaluate_folder
 
     report = evaluate_folder(
@@ -42,6 +46,10 @@ def command(
         batch_size=batch_size,
         precision=precision,
     )
+    if report.skipped:
+        print(skipped_line(report.skipped), file=sys.stderr)
+    if report.text_changed:
+        print(f"warning: the text has changed since {model} was trained on it", file=sys.stderr)
     if as_json:
         print_json(report)
         return

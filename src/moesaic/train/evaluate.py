@@ -16,11 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.data import TokenData, prepare, validation_windows
+from moesaic.data.documents import Skipped
 from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf.load import load_model, model_folder
 from moesaic.train.loss import token_losses
 from moesaic.train.precision import autocast
+from moesaic.train.recipe import Recipe
 from moesaic.train.recipe_file import recorded_recipe
 
 STDLIB = "stdlib"
@@ -48,12 +50,20 @@ class DomainResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, what it was measured on, and the result per domain."""
+    """A model, what it was measured on, and the result per domain.
+
+    Attributes:
+        skipped: what of the text could not be read.
+        text_changed: a run's own text is no longer what it was trained on, so that what it held out may not be what is
+            held out now.
+    """
 
     model: str
     split: str
     sequence_length: int
     domains: dict[str, DomainResult]
+    skipped: list[Skipped]
+    text_changed: bool = False
 
 
 @torch.no_grad()
@@ -81,10 +91,17 @@ def evaluate(
 
     Raises:
         DataError: where a domain is shorter than one window.
-        ConfigError: for an unknown precision or a size out of range.
+        ConfigError: for an unknown precision, a size out of range, or windows longer than the model has positions.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}: it must be at least 1")
+    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}: it must be at least 1")
+    positions = _positions(model)
+    if positions is not None and sequence_length > positions:
+        raise ConfigError(
+            f"sequence_length is {sequence_length}: it must be at most {positions}, the tokens that the model has "
+            "positions for"
+        )
     limit = max(1, max_tokens // sequence_length) if max_tokens and sequence_length > 0 else None
     windows = validation_windows(tokens, sequence_length, limit, batch_size=batch_size)
     device = next(model.parameters()).device
@@ -147,19 +164,19 @@ def evaluate_folder(
     if split not in (None, "validation", "all"):
         raise ConfigError(f"split is {split!r}: it must be one of validation, all")
     model, tokenizer = load_model(path)
-    run = _run_of(Path(path))
+    run, fingerprint = _run_of(Path(path))
     chosen = list(sources or (run.data.sources if run else [STDLIB]))
     split = split or ("all" if sources and chosen != [STDLIB] else "validation")
     fraction = run.data.validation_fraction if run else 0.05
-    trained_here = run is not None and sources is None and run.data.tokenizer is None
-    data = _prepare(chosen, tokenizer, model_folder(path), run.data.vocab_size if trained_here else None, fraction)
+    trained = run.data.vocab_size if run and sources is None and run.data.tokenizer is None else None
+    data = _prepare(chosen, tokenizer, model_folder(path), trained, fraction)
     sides = ("train", "validation") if split == "all" else ("validation",)
     tokens = {
         name: np.concatenate([getattr(data, side)[name] for side in sides if name in getattr(data, side)])
         for name in sorted({name for side in sides for name in getattr(data, side)})
     }
     if sequence_length is None:
-        longest = run.data.sequence_length if run else min(LONGEST, _positions(model))
+        longest = run.data.sequence_length if run else min(LONGEST, _positions(model) or LONGEST)
         shortest = min((len(ids) for ids in tokens.values()), default=0)
         sequence_length = max(1, min(longest, shortest - 1))
     results = evaluate(
@@ -171,17 +188,19 @@ def evaluate_folder(
         precision=precision,
         bytes_per_token=bytes_per_token(data, sides),
     )
-    return Evaluation(str(path), split, sequence_length, results)
+    changed = sources is None and fingerprint not in (None, data.fingerprint)
+    return Evaluation(str(path), split, sequence_length, results, data.skipped, changed)
 
 
-def _run_of(path: Path) -> Any:
-    """The recipe of the run that ``path`` is the folder of, or None."""
+def _run_of(path: Path) -> tuple[Recipe | None, str | None]:
+    """The recipe of the run that ``path`` is the folder of and its data's fingerprint; None where it is no run's."""
     note = path / "run.json"
     if not note.is_file():
-        return None
+        return None, None
     try:
-        return recorded_recipe(json.loads(note.read_text(encoding="utf-8"))["recipe"], str(note))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        told = json.loads(note.read_text(encoding="utf-8"))
+        return recorded_recipe(told["recipe"], str(note)), told.get("data", {}).get("fingerprint")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(note)!r} cannot be read: {error}") from error
 
 
@@ -199,5 +218,9 @@ def _prepare(
     return prepare(sources, tokenizer=str(folder), validation_fraction=fraction)
 
 
-def _positions(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
+def _positions(model: Any) -> int | None:
+    """The longest sequence that a model has positions for, or None where its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    told = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return next((value for value in told if isinstance(value, int) and value > 0), None)
