@@ -30,6 +30,7 @@ PERMITTED: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
     },
+    "heads wider than their share": {"head_dim": 16},
     "bfloat16": {"dtype": torch.bfloat16},
 }
 

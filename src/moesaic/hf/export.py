@@ -35,7 +35,8 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     config: Any = model.config
     if reasons := obstacles(config):
         raise UnsupportedError(f"this model cannot be written as Qwen3-MoE: {'; '.join(reasons)}")
-    plain = {key: value for key, value in config.to_dict().items() if key in Qwen3MoeConfig().to_dict()}
+    # Not only what Qwen3MoeConfig declares: it reads some settings, such as head_dim, where they are there.
+    plain = {key: value for key, value in config.to_dict().items() if key not in MoesaicConfig.__annotations__}
     plain |= {
         "model_type": Qwen3MoeConfig.model_type,
         "architectures": ["Qwen3MoeForCausalLM"],
