@@ -252,7 +252,7 @@ def test_rows_that_are_not_the_tokens_are_refused(
     inner = layer.forward
     # As a layer would that looks at every second token only.
     monkeypatch.setattr(
-        layer, "forward", lambda x: torch.nn.functional.pad(inner(x[:, ::2]), (0, 0, 0, x.shape[1] // 2))
+        layer, "forward", lambda x, **_: torch.nn.functional.pad(inner(x[:, ::2]), (0, 0, 0, x.shape[1] // 2))
     )
     with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp \(MoE\) routed 20 rows where there were 40 tokens"):
         collected(model, tokenizer)
