@@ -38,7 +38,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 SIZES = [(16, 24), (7, 5), (1, 1), (8, 3), (3, 8), (64, 32)]
-COUNTS = [(4, 0, 9, 3), (0, 0, 0, 0), (0, 0, 0, 5), (16, 0, 0, 0), (1, 1, 1, 1)]
+COUNTS = [(4, 0, 9, 3), (0, 0, 0, 0), (0, 0, 0, 5), (16, 0, 0, 0), (1, 1, 1, 1), (40, 1, 33, 70), (0, 32, 64, 37)]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "last two swapped": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
@@ -163,3 +163,31 @@ def test_aligned_sizes_do_take_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> No
     grouped_matmul(misaligned(torch.randn(4, 16)), torch.randn(2, 16, 8), offsets_of(2, 2))
     grouped_matmul(torch.empty(0, 16), torch.randn(2, 16, 8), offsets_of(0, 0))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_cpu_half_precision_meets_few_shapes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    met: set[tuple[int, ...]] = set()
+    original = torch.mm
+
+    def mm(a: Tensor, b: Tensor, **options: Tensor) -> Tensor:
+        met.add((*a.shape, *b.shape))
+        return original(a, b, **options)
+
+    monkeypatch.setattr(grouped.torch, "mm", mm)
+    w = torch.randn(2, 8, 16, dtype=dtype, requires_grad=True)
+    for first in range(100, 160):
+        x = torch.randn(300, 8, dtype=dtype, requires_grad=True)
+        grouped_matmul(x, w, offsets_of(first, 300 - first)).sum().backward()
+    # 60 numbers of rows an expert became three or four: for the output, the gradient of x, and that of w.
+    assert len(met) <= 3 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_neighbour_that_is_not_a_number_stays_with_itself(dtype: torch.dtype) -> None:
+    x, w = torch.randn(80, 8, dtype=dtype), torch.randn(2, 8, 16, dtype=dtype)
+    offsets = offsets_of(40, 33)  # the last seven rows belong to nobody
+    x[40:] = torch.nan
+    assert grouped_matmul(x, w, offsets)[:40].isfinite().all()
+    assert grouped_outer(x, x, offsets)[0].isfinite().all()
+    assert (grouped_matmul(x, w, offsets)[73:] == 0).all()

@@ -110,7 +110,7 @@ def test_the_demo_is_part_of_the_package() -> None:
 def test_the_demo_is_tuned_and_what_others_start_from_is_ordinary(tmp_path: Path) -> None:
     demo = load_recipe()
     assert (demo.model.d_model, demo.model.init_std, demo.data.sequence_length) == (192, 0.06, 256)
-    assert (demo.train.steps, demo.train.warmup, demo.train.batch_size) == (1000, 60, 4)
+    assert (demo.train.steps, demo.train.warmup, demo.train.batch_size) == (1400, 84, 4)
     assert (demo.train.learning_rate, demo.train.final_learning_rate) == (5e-3, 0.0)
     (tmp_path / "mine.toml").write_text("")
     mine = load_recipe(tmp_path / "mine.toml")

@@ -14,6 +14,10 @@ from moesaic.experts.backend import BACKENDS, Backend
 from moesaic.experts.weights import ExpertWeights
 
 _ALIGNMENT = 16  # bytes; grouped_mm's demand on addresses and strides
+# oneDNN, which multiplies bf16 and fp16 on a CPU, generates code for each shape that it has not met yet, which takes
+# longer than an expert's multiplication itself; and an expert gets another number of rows at every step. So beyond a
+# few rows we multiply a multiple of this many: soon every shape has been met.
+_ROWS = 32
 
 
 class GroupedBackend(Backend):
@@ -87,7 +91,15 @@ def _grouped_matmul(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
             out_NO.masked_fill_((rows >= offsets_E[-1]).unsqueeze(-1), 0.0)
         return out_NO
     out_NO = x_NI.new_zeros(num_rows, num_outputs)
-    _each_group(offsets_E, lambda e, rows: torch.mm(x_NI[rows], w_EIO[e], out=out_NO[rows]))
+
+    def multiply(expert: int, rows: slice) -> None:
+        wide = _window(rows, num_rows) if _generates_code(x_NI) else rows
+        if wide == rows:
+            torch.mm(x_NI[rows], w_EIO[expert], out=out_NO[rows])
+        else:  # the neighbours' rows are multiplied in vain
+            out_NO[rows] = torch.mm(x_NI[wide], w_EIO[expert])[rows.start - wide.start : rows.stop - wide.start]
+
+    _each_group(offsets_E, multiply)
     return out_NO
 
 
@@ -108,7 +120,14 @@ def _grouped_outer(x_NI: Tensor, y_NO: Tensor, offsets_E: Tensor) -> Tensor:
         return out_EIO
     # On a CPU grouped_mm is a loop itself; this one leaves the experts without rows at zero for free.
     out_EIO = x_NI.new_zeros(num_experts, num_inputs, num_outputs)
-    _each_group(offsets_E, lambda e, rows: torch.mm(x_NI[rows].t(), y_NO[rows], out=out_EIO[e]))
+
+    rounds = _generates_code(x_NI)
+
+    def multiply(expert: int, rows: slice) -> None:
+        x_RI, y_RO = (_with_zeros(each[rows]) if rounds else each[rows] for each in (x_NI, y_NO))
+        torch.mm(x_RI.t(), y_RO, out=out_EIO[expert])
+
+    _each_group(offsets_E, multiply)
     return out_EIO
 
 
@@ -123,6 +142,29 @@ def _each_group(offsets_E: Tensor, work: Callable[[int, slice], object]) -> None
         if end > start:
             work(expert, slice(start, end))
             start = end
+
+
+def _generates_code(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _rounded(rows: int) -> int:
+    return rows if rows <= _ROWS else -(-rows // _ROWS) * _ROWS
+
+
+def _with_zeros(x_RI: Tensor) -> Tensor:
+    """``x`` with as many rows of zeros after its own as make their number a rounded one."""
+    missing = _rounded(x_RI.shape[0]) - x_RI.shape[0]
+    return F.pad(x_RI, (0, 0, 0, missing)) if missing else x_RI
+
+
+def _window(rows: slice, num_rows: int) -> slice:
+    """A slice of a rounded length that holds ``rows``; ``rows`` itself where there are not as many."""
+    length = _rounded(rows.stop - rows.start)
+    if length > num_rows:
+        return rows
+    start = min(rows.start, num_rows - length)
+    return slice(start, start + length)
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -168,6 +210,8 @@ class _GroupedOuter(torch.autograd.Function):
 
 
 def _grouped_mm_takes(x_NI: Tensor, w_EIO: Tensor) -> bool:
+    if _generates_code(x_NI) and x_NI.shape[0] > _ROWS:
+        return False
     if x_NI.device.type == "cuda" and torch.cuda.get_device_capability(x_NI.device) < (8, 0):
         return False
     return x_NI.dtype in (torch.bfloat16, torch.float16, torch.float32) and _aligned(x_NI) and _aligned(w_EIO)
