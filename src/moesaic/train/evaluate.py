@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moesaic.data import TokenData, prepare, validation_windows
 from moesaic.data.documents import Skipped
+from moesaic.data.sources import STDLIB
 from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf.load import load_model, model_folder
@@ -25,7 +26,6 @@ from moesaic.train.precision import autocast
 from moesaic.train.recipe import Recipe
 from moesaic.train.recipe_file import recorded_recipe
 
-STDLIB = "stdlib"
 LONGEST = 1024
 """Tokens per window where nothing else is known of a model."""
 
