@@ -116,7 +116,8 @@ def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
 
 def _pick(x_TD: Tensor, weights: ExpertWeights) -> Backend:
     if _Choice.name == AUTO:
-        for backend in sorted(map(BACKENDS.get, BACKENDS), key=lambda backend: -backend.preference):
+        backends = [BACKENDS.get(name) for name in BACKENDS.names()]
+        for backend in sorted(backends, key=lambda backend: -backend.preference):
             if backend.refusal(x_TD, weights) is None:
                 return backend
     backend = BACKENDS.get(_Choice.name)
