@@ -18,6 +18,7 @@ from moesaic.experts.backend import (
     use_backend,
 )
 from moesaic.experts.bank import ExpertBank
+from moesaic.experts.quantized import QuantFormat, QuantizedMatrix
 from moesaic.experts.shared import SharedExperts
 from moesaic.experts.weights import ExpertWeights
 
@@ -28,6 +29,8 @@ __all__ = [
     "Backend",
     "ExpertBank",
     "ExpertWeights",
+    "QuantFormat",
+    "QuantizedMatrix",
     "SharedExperts",
     "available",
     "compute",

@@ -128,7 +128,7 @@ def _pick(x_TD: Tensor, weights: ExpertWeights) -> Backend:
 
 
 def _check(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> None:
-    width = weights.up_EDG().shape[1]
+    width = weights.d_model
     if x_TD.ndim != 2 or x_TD.shape[1] != width:
         raise ConfigError(f"the experts take features of shape [tokens, {width}], got {list(x_TD.shape)}")
     for name, tensor in weights.tensors().items():
@@ -136,6 +136,9 @@ def _check(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> None:
             raise ConfigError(
                 f"features are {x_TD.dtype} but the expert weights are {tensor.dtype} ({name}): they must be alike"
             )
+    for name, scale in {"up_scale": weights.up_scale, "down_scale": weights.down_scale}.items():
+        if scale is not None and scale.requires_grad:
+            raise UnsupportedError(f"quantized expert weights cannot be trained, but {name} requires a gradient")
     if x_TD.shape[0] != dispatch.num_tokens or weights.num_experts != dispatch.num_experts:
         raise ConfigError(
             f"the routing is for {dispatch.num_tokens} tokens and {dispatch.num_experts} experts, "

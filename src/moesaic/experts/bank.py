@@ -8,21 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.dispatch import Dispatch
+from moesaic.errors import ConfigError
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.backend import compute
+from moesaic.experts.quantized import QuantFormat
+from moesaic.experts.storage import ExpertStorage, make_room, quantize_parameter
 from moesaic.experts.weights import ExpertWeights
 
 
-class ExpertBank(nn.Module):
+class ExpertBank(ExpertStorage):
     """E feed-forward experts ``D -> F -> D`` in fused 3-D parameters, computed by the chosen backend.
 
     Parameters: ``up`` ``[E, G, D]`` (gate and up projection for a gated activation: G = 2F, the gate first; else
     G = F), ``down`` ``[E, D, F]``, and with ``bias`` ``up_bias`` ``[E, G]`` and ``down_bias`` ``[E, D]``. It is the
-    layout of transformers' ``gate_up_proj`` and ``down_proj``.
+    layout of transformers' ``gate_up_proj`` and ``down_proj``. :meth:`quantize` puts buffers ``up_codes``,
+    ``up_scale``, ``down_codes`` and ``down_scale`` in the place of the two matrices.
 
     Args:
         activation: a name of ``moesaic.experts.ACTIVATIONS``.
     """
+
+    up_codes: Tensor
+    up_scale: Tensor
+    down_codes: Tensor
+    down_scale: Tensor
 
     def __init__(
         self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False
@@ -38,7 +47,12 @@ class ExpertBank(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
-        """Normal weights, zero biases; ``std`` defaults to one over the square root of each matrix's input width."""
+        """Normal weights, zero biases; ``std`` defaults to one over the square root of each matrix's input width.
+
+        Quantized weights stay as they are: they come from trained ones.
+        """
+        if self.format is not None:
+            return
         nn.init.normal_(self.up, std=std or 1 / math.sqrt(self.d_model))
         nn.init.normal_(self.down, std=std or 1 / math.sqrt(self.d_ff))
         for bias in (self.up_bias, self.down_bias):
@@ -47,7 +61,42 @@ class ExpertBank(nn.Module):
 
     def weights(self) -> ExpertWeights:
         """The parameters as a backend takes them; no copy."""
-        return ExpertWeights(self.up, self.down, self.activation, self.up_bias, self.down_bias)
+        if self.format is None:
+            return ExpertWeights(self.up, self.down, self.activation, self.up_bias, self.down_bias)
+        return ExpertWeights(
+            self.up_codes,
+            self.down_codes,
+            self.activation,
+            self.up_bias,
+            self.down_bias,
+            format=self.format,
+            up_scale=self.up_scale,
+            down_scale=self.down_scale,
+        )
+
+    def quantize(
+        self, format: QuantFormat, up_importance_ED: Tensor | None = None, down_importance_EF: Tensor | None = None
+    ) -> None:
+        """Store the two matrices in few bits from now on; the biases stay. For a whole model: ``moesaic.quantize``.
+
+        Args:
+            up_importance_ED, down_importance_EF: ``[E, D]`` and ``[E, F]``, the second moments of what goes into each
+                matrix, or None (see :meth:`QuantFormat.quantize`).
+
+        Raises:
+            ConfigError: where the bank is quantized already, or a weight is not finite.
+        """
+        if self.format is not None:
+            raise ConfigError(f"the experts are quantized already, as {self.format.name}")
+        quantize_parameter(self, "up", format, importance_EI=up_importance_ED)
+        quantize_parameter(self, "down", format, importance_EI=down_importance_EF)
+        self.format = format
+
+    def make_room(self, format: QuantFormat) -> None:
+        """As :meth:`quantize`, for a checkpoint's quantized weights: the matrices' values are forgotten."""
+        make_room(self, "up", format)
+        make_room(self, "down", format)
+        self.format = format
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """``[T, D]`` to ``[T, D]``: for every token the weighted sum of its experts' outputs."""
@@ -57,4 +106,5 @@ class ExpertBank(nn.Module):
         return (
             f"d_model={self.d_model}, d_ff={self.d_ff}, num_experts={self.num_experts}, "
             f"activation={self.activation.name}, bias={self.up_bias is not None}"
+            + (f", weights={self.format.name}" if self.format else "")
         )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moesaic.dispatch import Dispatch
 from moesaic.experts.backend import BACKENDS, Backend
+from moesaic.experts.dequantizing import quantized_matmul
 from moesaic.experts.weights import ExpertWeights
 
 _ALIGNMENT = 16  # bytes; grouped_mm's demand on addresses and strides
@@ -27,10 +28,22 @@ class GroupedBackend(Backend):
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
-        h_NG = _add_bias(grouped_matmul(x_ND, weights.up_EDG(), dispatch.offsets), weights.up_bias, dispatch)
+        h_NG = _add_bias(_up(x_ND, weights, dispatch.offsets), weights.up_bias, dispatch)
         h_NF = weights.activation.apply(h_NG)
-        y_ND = _add_bias(grouped_matmul(h_NF, weights.down_EFD(), dispatch.offsets), weights.down_bias, dispatch)
+        y_ND = _add_bias(_down(h_NF, weights, dispatch.offsets), weights.down_bias, dispatch)
         return dispatch.combine(y_ND if weights.post_norm is None else weights.post_norm(y_ND))
+
+
+def _up(x_ND: Tensor, weights: ExpertWeights, offsets_E: Tensor) -> Tensor:
+    if weights.format is not None:
+        return quantized_matmul(x_ND, weights.up_codes(), offsets_E)
+    return grouped_matmul(x_ND, weights.up_EDG(), offsets_E)
+
+
+def _down(h_NF: Tensor, weights: ExpertWeights, offsets_E: Tensor) -> Tensor:
+    if weights.format is not None:
+        return quantized_matmul(h_NF, weights.down_codes(), offsets_E)
+    return grouped_matmul(h_NF, weights.down_EFD(), offsets_E)
 
 
 def _add_bias(h_NX: Tensor, bias_EX: Tensor | None, dispatch: Dispatch) -> Tensor:

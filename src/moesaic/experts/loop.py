@@ -18,14 +18,13 @@ class LoopBackend(Backend):
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
-        up_EGD, down_EDF = weights.up_EDG().transpose(1, 2), weights.down_EFD().transpose(1, 2)
         outputs, start = [], 0
         for expert, end in enumerate(dispatch.offsets.tolist()):
             if end == start:
                 continue
-            h_NG = F.linear(x_ND[start:end], up_EGD[expert], _bias(weights.up_bias, expert))
+            h_NG = F.linear(x_ND[start:end], weights.up_GD(expert, x_ND.dtype), _bias(weights.up_bias, expert))
             h_NF = weights.activation.apply(h_NG)
-            y_ND = F.linear(h_NF, down_EDF[expert], _bias(weights.down_bias, expert))
+            y_ND = F.linear(h_NF, weights.down_DF(expert, x_ND.dtype), _bias(weights.down_bias, expert))
             outputs.append(y_ND if weights.post_norm is None else weights.post_norm(y_ND))
             start = end
         outputs.append(torch.zeros_like(x_ND[start:]))  # the rows that belong to nobody
