@@ -1,0 +1,170 @@
+"""The measurement of expert layers: all contenders side by side on one workload, correctness beside speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from moesaic.bench.contenders import Contender
+from moesaic.bench.field import make_other, make_ours
+from moesaic.bench.limits import limits
+from moesaic.bench.timing import Times, alternate
+from moesaic.bench.workload import Bank, Call, Workload, active_experts, make_banks, make_calls, relative_error
+from moesaic.errors import UnsupportedError
+
+# Successive contenders of a round get calls this far apart, so that none finds what the one before it has read.
+_APART = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender on one workload.
+
+    Attributes:
+        name: a backend of ours as ``"moesaic/native"``, or the other contender's name.
+        seconds, quartiles: of one run: the median, and the first and third quartile.
+        runs: how many there were.
+        error: ‖out − ref‖ / ‖ref‖ on inputs made for this check, the worst of those tried.
+        read_fraction: bytes per second against the measured streaming read.
+        register_fraction, matmul_fraction: FLOP/s against multiply-adds on registers, and against a large matmul.
+        ratio, ratio_quartiles: its time over that of the first contender of ours (``ours``).
+    """
+
+    name: str
+    seconds: float
+    quartiles: tuple[float, float]
+    runs: int
+    error: float
+    read_fraction: float
+    register_fraction: float | None
+    matmul_fraction: float
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+
+
+@dataclass
+class Row:
+    """All contenders on one workload.
+
+    Attributes:
+        bytes: of the weights of the active experts, on average over the calls; each is read once at least.
+        flops: of the routed rows.
+        limits: measured between the runs; the keys of ``moesaic.bench.limits.LIMITS``.
+        skipped: who did not take part, and why.
+    """
+
+    shape: str
+    tokens: int
+    dtype: str
+    routing: str
+    bytes: float
+    flops: float
+    limits: dict[str, float]
+    results: list[Result]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def result(self, name: str) -> Result | None:
+        """The result of a contender, or None where it did not take part."""
+        return next((result for result in self.results if result.name == name), None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        ours: backends; the first is the one that ratios are against.
+        against: other contenders (``moesaic.bench.field.OTHERS``).
+        seconds: about how long one row may take, its contenders' preparation not counted.
+        seed: of weights, inputs and routing.
+    """
+
+    works: list[Workload]
+    ours: list[str]
+    against: list[str]
+    seconds: float = 6.0
+    seed: int = 0
+
+
+def measure(plan: Plan, tell: Callable[[str], object] = lambda line: None) -> Iterator[Row]:
+    """Measure row after row; what takes long is told in a line before. Works of one shape and dtype share weights."""
+    banks: list[Bank] = []
+    made: dict[str, Contender] = {}
+    skipped: dict[str, str] = {}
+    kept: tuple[object, str] | None = None
+    for work in plan.works:
+        if kept != (work.shape, work.dtype):
+            # The old ones first, or two layers' weights would be in memory at a time.
+            banks, made, kept = [], {}, (work.shape, work.dtype)
+            start = time.perf_counter()
+            banks = make_banks(work.shape, work.torch_dtype, plan.seed)
+            made, skipped = _field(plan, work, banks)
+            tell(f"weights of {work.shape} in {work.dtype} made in {time.perf_counter() - start:.1f} s")
+        tell(f"measuring {work}")
+        yield _row(plan, work, banks, made, skipped)
+
+
+def _field(plan: Plan, work: Workload, banks: list[Bank]) -> tuple[dict[str, Contender], dict[str, str]]:
+    made: dict[str, Contender] = {f"moesaic/{name}": make_ours(name, work, banks) for name in plan.ours}
+    skipped = {}
+    for name in plan.against:
+        try:
+            made[name] = make_other(name, work, banks)
+        except UnsupportedError as error:
+            skipped[name] = str(error)
+    return made, skipped
+
+
+def _row(plan: Plan, work: Workload, banks: list[Bank], made: dict[str, Contender], skipped: dict[str, str]) -> Row:
+    # Inputs of their own for the check, in a seed that no timing uses.
+    checks = make_calls(work, len(banks), plan.seed + 1)[: 1 if work.tokens > 64 else 2]
+    errors, refused = {}, dict(skipped)
+    for name, contender in made.items():
+        try:
+            errors[name] = max(relative_error(contender.output(call), call, banks[call.bank]) for call in checks)
+        except UnsupportedError as error:
+            refused[name] = str(error)
+    runners = {name: contender for name, contender in made.items() if name in errors}
+    calls = make_calls(work, len(banks), plan.seed + 2)
+    measured = {
+        name: _turn(contender, calls, place * _APART) for place, (name, contender) in enumerate(runners.items())
+    }
+    for run in measured.values():  # the first calls generate code, grow pools, fault pages in
+        run(0)
+    times, rates = alternate(measured, limits(banks, work.torch_dtype), plan.seconds)
+    row = Row(
+        str(work.shape),
+        work.tokens,
+        work.dtype,
+        work.routing,
+        active_experts(calls) * work.shape.weights_of_expert() * work.torch_dtype.itemsize,
+        work.shape.flops(work.rows()),
+        rates,
+        [],
+        refused,
+    )
+    first = next(iter(times.values()))
+    row.results = [_result(row, name, taken, errors[name], first) for name, taken in times.items()]
+    return row
+
+
+def _turn(contender: Contender, calls: list[Call], offset: int) -> Callable[[int], float]:
+    return lambda number: contender.seconds(calls[(number + offset) % len(calls)])
+
+
+def _result(row: Row, name: str, times: Times, error: float, first: Times) -> Result:
+    seconds, registers = times.median, row.limits.get("registers")
+    ratio, low, high = first.ratio_of(times)
+    return Result(
+        name,
+        seconds,
+        times.quartiles(),
+        len(times.seconds),
+        error,
+        row.bytes / seconds / row.limits["read"],
+        row.flops / seconds / registers if registers else None,
+        row.flops / seconds / row.limits["matmul"],
+        ratio,
+        (low, high),
+    )

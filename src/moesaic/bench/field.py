@@ -1,0 +1,63 @@
+"""Who runs against whom: names, why one is absent, and how one is made."""
+
+from __future__ import annotations
+
+from moesaic.bench import vllm
+from moesaic.bench.contenders import Contender, ModuleContender
+from moesaic.bench.workload import Bank, Workload
+from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
+from moesaic.experts import status, use_backend
+from moesaic.experts.backend import AUTO
+
+TRANSFORMERS = ("grouped_mm", "eager", "batched_mm")
+PEERS = {"vllm": vllm.missing}
+OTHERS = (*TRANSFORMERS, *PEERS)
+_BY_DEFAULT = ("grouped_mm", "eager", *PEERS)
+
+
+def our_backends(names: list[str] | None) -> list[str]:
+    """The backends to measure: those named, or all that run here, ``"auto"`` last.
+
+    Raises:
+        ConfigError: for an unknown name, or a backend that cannot run here (with the reason).
+    """
+    if names is None:
+        return [*(name for name, reason in status().items() if reason is None), AUTO]
+    for name in names:
+        with use_backend(name):
+            pass
+    return names
+
+
+def others(names: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The other contenders to measure: those named, or the usual ones that are here; and why peers are absent.
+
+    Raises:
+        ConfigError: for an unknown name.
+        UnsupportedError: for a peer that was named and is not here.
+    """
+    absent = {name: reason for name, missing in PEERS.items() if (reason := missing())}
+    if names is None:
+        return [name for name in _BY_DEFAULT if name not in absent], absent
+    for name in names:
+        if name not in OTHERS:
+            raise ConfigError(f"unknown contender {name!r}: {did_you_mean(name, OTHERS)}")
+        if name in absent:
+            raise UnsupportedError(f"{name} cannot take part: {absent[name]}")
+    return names, {}
+
+
+def make_ours(backend: str, work: Workload, banks: list[Bank]) -> Contender:
+    """The experts implementation ``"moesaic"`` under one backend."""
+    return ModuleContender(work.shape, banks, "moesaic", backend)
+
+
+def make_other(name: str, work: Workload, banks: list[Bank]) -> Contender:
+    """The contender of ``OTHERS`` called ``name``.
+
+    Raises:
+        UnsupportedError: where it does not compute in this dtype.
+    """
+    if name == "vllm":
+        return vllm.VllmContender(banks)
+    return ModuleContender(work.shape, banks, name)

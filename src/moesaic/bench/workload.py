@@ -1,0 +1,168 @@
+"""The work that contenders are given: banks of random weights, calls with random inputs, and what is right.
+
+T tokens · D model width · F expert hidden width · G = 2F · E experts · K slots per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.bench.shapes import Shape
+from moesaic.errors import ConfigError, did_you_mean
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROUTINGS = ("balanced", "hot")
+# Between two uses of a weight at least this much else is read, so that no cache holds it. Tiny banks (tests) are not
+# multiplied without end.
+_ROTATION_BYTES = 1 << 29
+_MOST_BANKS = 8
+# Odd on purpose: no expert's size is a multiple of it, so that no two experts are alike.
+_BLOCK = 4_999_999
+_CHECKED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of a table: which layer, how many tokens, in what precision, routed how.
+
+    Args:
+        dtype: a name of ``DTYPES``.
+        routing: ``"balanced"`` (each token's experts are drawn at random) or ``"hot"`` (every token's first expert is
+            the same one, the others are drawn at random).
+    """
+
+    shape: Shape
+    tokens: int
+    dtype: str = "bf16"
+    routing: str = "balanced"
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"tokens is {self.tokens}: it must be at least 1")
+        for kind, name, allowed in (("dtype", self.dtype, DTYPES), ("routing", self.routing, ROUTINGS)):
+            if name not in allowed:
+                raise ConfigError(f"unknown {kind} {name!r}: {did_you_mean(name, allowed)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def rows(self) -> int:
+        """Routed rows of one call."""
+        return self.tokens * self.shape.top_k
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.tokens} tokens, {self.dtype}, {self.routing}"
+
+
+@dataclass
+class Bank:
+    """The weights of one layer: ``up`` ``[E, G, D]`` (the gate's outputs first), ``down`` ``[E, D, F]``."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+
+@dataclass
+class Call:
+    """The input of one call: ``x`` ``[T, D]``, ``ids`` ``[T, K]`` int64, ``weights`` ``[T, K]``, and which bank."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    bank: int
+
+
+def make_bank(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Bank:
+    """Normal weights, scaled by each matrix's input width.
+
+    One block of random numbers is laid out again and again: drawing 400 million of them would take many seconds. It is
+    larger than an expert's neighbourhood and out of step with every matrix, so all experts and rows differ.
+    """
+    e, d, f = shape.num_experts, shape.d_model, shape.d_ff
+    return Bank(
+        _tiled((e, 2 * f, d), 1 / math.sqrt(d), dtype, generator), _tiled((e, d, f), 1 / math.sqrt(f), dtype, generator)
+    )
+
+
+def _tiled(size: tuple[int, ...], std: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    count = math.prod(size)
+    block = (torch.randn(min(count, _BLOCK), generator=generator) * std).to(dtype)
+    out = torch.empty(count, dtype=dtype)
+    whole = count // len(block) * len(block)
+    out[:whole].view(-1, len(block)).copy_(block)
+    out[whole:] = block[: count - whole]
+    return out.view(size)
+
+
+def make_banks(shape: Shape, dtype: torch.dtype, seed: int = 0) -> list[Bank]:
+    """As many banks as the caches cannot hold (512 MiB together; at most 8), each with its own weights."""
+    generator = torch.Generator().manual_seed(seed)
+    banks = [make_bank(shape, dtype, generator)]
+    wanted = min(_MOST_BANKS, math.ceil(_ROTATION_BYTES / banks[0].nbytes))
+    return banks + [make_bank(shape, dtype, generator) for _ in range(wanted - 1)]
+
+
+def make_calls(work: Workload, num_banks: int, seed: int) -> list[Call]:
+    """Fresh random inputs, one call after the other on another bank.
+
+    For one token the experts of a bank's successive calls are dealt from a shuffled deck: none comes again before all
+    have had their turn, so that none is still in a cache. The routing weights are those of a softmax over the K.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape, count = work.shape, 16 if work.tokens <= 64 else 4
+    count = -(-count // num_banks) * num_banks
+    decks = [_deck(shape, generator) for _ in range(num_banks)]
+    calls = []
+    for i in range(count):
+        x_TD = torch.randn(work.tokens, shape.d_model, generator=generator).to(work.torch_dtype)
+        scores_TK = torch.randn(work.tokens, shape.top_k, generator=generator)
+        ids_TK = next(decks[i % num_banks])[None] if work.tokens == 1 else _route(work, generator)
+        calls.append(Call(x_TD, ids_TK, scores_TK.softmax(-1).to(work.torch_dtype), i % num_banks))
+    return calls
+
+
+def _deck(shape: Shape, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        shuffled = torch.randperm(shape.num_experts, generator=generator)
+        yield from shuffled[: shape.num_experts // shape.top_k * shape.top_k].view(-1, shape.top_k)
+
+
+def _route(work: Workload, generator: torch.Generator) -> Tensor:
+    scores_TE = torch.rand(work.tokens, work.shape.num_experts, generator=generator)
+    if work.routing == "hot":
+        scores_TE[:, 0] = 2.0
+    return scores_TE.topk(work.shape.top_k, dim=-1).indices
+
+
+def active_experts(calls: list[Call]) -> float:
+    """How many experts have rows, on average over the calls."""
+    return float(sum(call.ids.unique().numel() for call in calls) / len(calls))
+
+
+def relative_error(out_TD: Tensor, call: Call, bank: Bank) -> float:
+    """``‖out − ref‖ / ‖ref‖`` over up to 16 tokens of a call, evenly chosen.
+
+    The reference is written here, one expert after the other, in float32 for 16-bit formats and in float64 for float32;
+    it shares no code with any contender.
+    """
+    wide = torch.float64 if out_TD.dtype == torch.float32 else torch.float32
+    tokens = torch.linspace(0, len(call.x) - 1, min(len(call.x), _CHECKED_TOKENS)).long()
+    x_TD, ids_TK, weights_TK = call.x[tokens].to(wide), call.ids[tokens], call.weights[tokens].to(wide)
+    ref_TD = torch.zeros_like(x_TD)
+    for expert in ids_TK.unique().tolist():
+        token, slot = (ids_TK == expert).nonzero(as_tuple=True)
+        gate, up = (x_TD[token] @ bank.up[expert].to(wide).T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ bank.down[expert].to(wide).T
+        ref_TD.index_add_(0, token, y * weights_TK[token, slot, None])
+    return float(((out_TD[tokens].to(wide) - ref_TD).norm() / ref_TD.norm()).item())

@@ -1,0 +1,97 @@
+"""``moesaic bench``: expert layers side by side, and what the tuner decided."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moesaic.bench import Plan, Row
+
+
+def command(
+    what: Annotated[str, typer.Argument(help="'experts' measures; 'explain' shows the tuner's decisions.")] = "experts",
+    shape: Annotated[str, typer.Option(help="A, B, C, or sizes such as E64K8D2048F1024; several with commas.")] = "A",
+    tokens: Annotated[str, typer.Option(help="Tokens a call; several with commas.")] = "1,4,16,64,512",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp16; several with commas.")] = "bf16",
+    routing: Annotated[
+        str, typer.Option(help="'balanced', 'hot' (one expert gets every token), or both.")
+    ] = "balanced",
+    backends: Annotated[
+        str | None, typer.Option(help="Ours, the one that is compared first. Default: all that run here.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="grouped_mm, eager, batched_mm, vllm, llama.cpp. Default: the first two and the peers here."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="About how long one row may take.")] = 6.0,
+    out: Annotated[Path | None, typer.Option(help="Write experts.json and roofline.png into this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="The same as 'moesaic bench explain'.")] = False,
+) -> None:
+    """Measure expert layers side by side, alternating in one process, with the error of each beside its speed."""
+    from moesaic.bench.report import document
+    from moesaic.cli.output import print_json
+    from moesaic.errors import UsageError, did_you_mean
+
+    if explain or what == "explain":
+        raise UsageError("'moesaic bench explain' needs the tuner")
+    if what != "experts":
+        raise UsageError(f"unknown benchmark {what!r}: {did_you_mean(what, ['experts', 'explain'])}")
+    plan, absent = _plan(shape, tokens, dtype, routing, backends, against, seconds)
+    for name, reason in absent.items():
+        print(f"{name} does not take part: {reason}", file=sys.stderr)
+    rows = _measure(plan, out, as_json)
+    if as_json:
+        print_json(document(rows))
+
+
+def _plan(
+    shape: str, tokens: str, dtype: str, routing: str, backends: str | None, against: str | None, seconds: float
+) -> tuple[Plan, dict[str, str]]:
+    from moesaic.bench import Plan, Workload, parse_shape
+    from moesaic.bench.field import others, our_backends
+    from moesaic.errors import UsageError
+
+    counts = _split(tokens)
+    if wrong := [count for count in counts if not count.isdigit()]:
+        raise UsageError(f"--tokens {tokens}: {wrong[0]!r} is not a number of tokens, such as 1 or 1,16,512")
+    if not 0 < seconds <= 3600:
+        raise UsageError(f"--seconds is {seconds}: it must be above 0, and 3600 at most")
+    works = [
+        Workload(parse_shape(each), int(count), kind, way)
+        for each in _split(shape)
+        for kind in _split(dtype)
+        for way in _split(routing)
+        for count in counts
+    ]
+    ours = our_backends(_split(backends) if backends is not None else None)
+    named, absent = others(_split(against) if against is not None else None)
+    return Plan(works, ours, named, seconds), absent
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
+def _measure(plan: Plan, out: Path | None, quiet: bool) -> list[Row]:
+    """Print each row when it is measured, and write what there is after each, so that an interruption loses nothing."""
+    from moesaic.bench import measure
+    from moesaic.bench.report import HEADER, cells, document, title, write
+    from moesaic.bench.roofline import write_roofline
+    from moesaic.cli.output import print_table
+
+    rows: list[Row] = []
+    for row in measure(plan, tell=lambda line: print(line, file=sys.stderr)):
+        rows.append(row)
+        if not quiet:
+            print_table(title(row), HEADER, [cells(row, result) for result in row.results])
+            for name, reason in row.skipped.items():
+                print(f"{name} does not take part: {reason}", file=sys.stderr)
+        if out is not None:
+            write(document(rows), out / "experts.json")
+            write_roofline(rows, out / "roofline.png")
+    return rows
