@@ -37,6 +37,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         return sorted(self._parts)
 
+    def parts(self) -> tuple[T, ...]:
+        """The parts themselves, in the order of registration."""
+        return tuple(self._parts.values())
+
     def __contains__(self, name: object) -> bool:
         return name in self._parts
 

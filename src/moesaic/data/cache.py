@@ -23,22 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import DataError
+from moesaic.folders import cache_folder
 
 LISTING = "entry.json"
 BLOCK = 1 << 20
 MOST_BLOCKS = 64
 
 
-def default_folder() -> Path:
-    """``$MOESAIC_CACHE``, or ``~/.cache/moesaic``."""
-    return Path(os.environ.get("MOESAIC_CACHE") or Path.home() / ".cache" / "moesaic")
-
-
 class Cache:
     """Entries under ``folder`` (made when it is first written to). Reading needs no write permission."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder) if folder is not None else default_folder()
+        self.folder = Path(folder) if folder is not None else cache_folder()
 
     def entry(self, key: str) -> Path:
         return self.folder / "tokens" / key
