@@ -1,0 +1,2 @@
+#define MOESAIC_VARIANT avx2
+#include "kernels.hpp"

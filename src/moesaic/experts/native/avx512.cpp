@@ -1,0 +1,2 @@
+#define MOESAIC_VARIANT avx512
+#include "kernels.hpp"

@@ -1,0 +1,2 @@
+#define MOESAIC_VARIANT avx512_bf16
+#include "kernels.hpp"

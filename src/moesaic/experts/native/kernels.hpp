@@ -1,0 +1,39 @@
+// Everything that a variant offers, for its one translation unit.
+#pragma once
+#include "backward.hpp"
+#include "forward.hpp"
+#include "limits.hpp"
+#include "variant.hpp"
+
+namespace moesaic::MOESAIC_VARIANT {
+
+// Calls `work` with the kind of arithmetic and the format that fit a dtype.
+template <class Work>
+int with_kind(int32_t dtype, const Work& work) {
+  switch (dtype) {
+    case MOESAIC_F32: return work(FloatKind(), F32());
+    case MOESAIC_F16: return work(FloatKind(), F16());
+#if defined(__AVX512BF16__)
+    default: return work(Bf16Kind(), BF16());
+#else
+    default: return work(FloatKind(), BF16());
+#endif
+  }
+}
+
+static int forward(const MoesaicLayer& layer) {
+  return with_kind(layer.dtype, [&](auto kind, auto format) {
+    return over_rows(Forward<decltype(kind), decltype(format)>(layer));
+  });
+}
+
+static int backward(const MoesaicLayer& layer, const MoesaicGradients& gradients) {
+  return with_kind(layer.dtype, [&](auto kind, auto format) {
+    return over_rows(Backward<decltype(kind), decltype(format)>(layer, gradients));
+  });
+}
+
+extern const Variant functions;
+const Variant functions = {forward, backward, read_all, multiply_adds};
+
+}  // namespace

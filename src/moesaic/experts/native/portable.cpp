@@ -1,0 +1,2 @@
+#define MOESAIC_VARIANT portable
+#include "kernels.hpp"

@@ -1,0 +1,14 @@
+// The table of one variant's functions; each variant's translation unit fills one in.
+#pragma once
+#include "moesaic.h"
+
+namespace moesaic {
+
+struct Variant {
+  int (*forward)(const MoesaicLayer&);
+  int (*backward)(const MoesaicLayer&, const MoesaicGradients&);
+  uint64_t (*read)(const void* data, int64_t bytes, int32_t threads);
+  double (*multiply_adds)(int32_t dtype, int64_t steps, int32_t threads);
+};
+
+}  // namespace moesaic
