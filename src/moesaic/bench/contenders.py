@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +11,31 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moesaic.bench.shapes import Shape
 from moesaic.bench.timing import timed
-from moesaic.bench.workload import Bank, Call
+from moesaic.bench.workload import Bank, Call, relative_error
 from moesaic.experts import use_backend
 
 
-class Contender(Protocol):
-    """Computes the experts of one call; ``output`` for checking, ``seconds`` for timing."""
+class Contender(ABC):
+    """Computes the experts of one call."""
 
+    @abstractmethod
     def output(self, call: Call) -> Tensor:
         """``[T, D]``."""
-        ...
+
+    def error(self, call: Call, bank: Bank) -> float:
+        """``‖out − ref‖ / ‖ref‖`` on this call; see :func:`moesaic.bench.workload.relative_error`."""
+        return relative_error(self.output(call), call, bank)
 
     def seconds(self, call: Call) -> float:
         """How long one run took."""
-        ...
+        return timed(lambda: self.output(call))
+
+    def close(self) -> None:
+        """Let go of what garbage collection does not."""
+        return
 
 
-class ModuleContender:
+class ModuleContender(Contender):
     """An experts module of transformers, called as a model calls it.
 
     Args:

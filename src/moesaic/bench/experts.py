@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from moesaic.bench.contenders import Contender
 from moesaic.bench.field import make_other, make_ours
 from moesaic.bench.limits import limits
 from moesaic.bench.timing import Times, alternate
-from moesaic.bench.workload import Bank, Call, Workload, active_experts, make_banks, make_calls, relative_error
+from moesaic.bench.workload import Bank, Call, Workload, active_experts, make_banks, make_calls
 from moesaic.errors import UnsupportedError
 
 # Successive contenders of a round get calls this far apart, so that none finds what the one before it has read.
@@ -89,20 +90,21 @@ class Plan:
 
 def measure(plan: Plan, tell: Callable[[str], object] = lambda line: None) -> Iterator[Row]:
     """Measure row after row; what takes long is told in a line before. Works of one shape and dtype share weights."""
-    banks: list[Bank] = []
-    made: dict[str, Contender] = {}
-    skipped: dict[str, str] = {}
-    kept: tuple[object, str] | None = None
-    for work in plan.works:
-        if kept != (work.shape, work.dtype):
-            # The old ones first, or two layers' weights would be in memory at a time.
-            banks, made, kept = [], {}, (work.shape, work.dtype)
-            start = time.perf_counter()
-            banks = make_banks(work.shape, work.torch_dtype, plan.seed)
-            made, skipped = _field(plan, work, banks)
-            tell(f"weights of {work.shape} in {work.dtype} made in {time.perf_counter() - start:.1f} s")
-        tell(f"measuring {work}")
-        yield _row(plan, work, banks, made, skipped)
+    for (shape, dtype), works in groupby(plan.works, lambda work: (work.shape, work.torch_dtype)):
+        start = time.perf_counter()
+        chosen = list(works)
+        banks = make_banks(shape, dtype, plan.seed)
+        made, skipped = _field(plan, chosen[0], banks)
+        tell(f"{shape}: weights ready after {time.perf_counter() - start:.1f} s")
+        try:
+            for work in chosen:
+                tell(f"measuring {work}")
+                yield _row(plan, work, banks, made, skipped)
+        finally:
+            for contender in made.values():
+                contender.close()
+        # Before the next ones are made, or two layers' weights would be in memory at a time.
+        del banks, made
 
 
 def _field(plan: Plan, work: Workload, banks: list[Bank]) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -122,7 +124,7 @@ def _row(plan: Plan, work: Workload, banks: list[Bank], made: dict[str, Contende
     errors, refused = {}, dict(skipped)
     for name, contender in made.items():
         try:
-            errors[name] = max(relative_error(contender.output(call), call, banks[call.bank]) for call in checks)
+            errors[name] = max(contender.error(call, banks[call.bank]) for call in checks)
         except UnsupportedError as error:
             refused[name] = str(error)
     runners = {name: contender for name, contender in made.items() if name in errors}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesaic.bench import vllm
+from moesaic.bench import llama, vllm
 from moesaic.bench.contenders import Contender, ModuleContender
 from moesaic.bench.workload import Bank, Workload
 from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
@@ -10,7 +10,7 @@ from moesaic.experts import status, use_backend
 from moesaic.experts.backend import AUTO
 
 TRANSFORMERS = ("grouped_mm", "eager", "batched_mm")
-PEERS = {"vllm": vllm.missing}
+PEERS = {"vllm": vllm.missing, "llama.cpp": llama.missing}
 OTHERS = (*TRANSFORMERS, *PEERS)
 _BY_DEFAULT = ("grouped_mm", "eager", *PEERS)
 
@@ -36,14 +36,14 @@ def others(names: list[str] | None) -> tuple[list[str], dict[str, str]]:
         ConfigError: for an unknown name.
         UnsupportedError: for a peer that was named and is not here.
     """
-    absent = {name: reason for name, missing in PEERS.items() if (reason := missing())}
     if names is None:
+        absent = {name: reason for name, missing in PEERS.items() if (reason := missing())}
         return [name for name in _BY_DEFAULT if name not in absent], absent
     for name in names:
         if name not in OTHERS:
             raise ConfigError(f"unknown contender {name!r}: {did_you_mean(name, OTHERS)}")
-        if name in absent:
-            raise UnsupportedError(f"{name} cannot take part: {absent[name]}")
+        if name in PEERS and (reason := PEERS[name]()):
+            raise UnsupportedError(f"{name} cannot take part: {reason}")
     return names, {}
 
 
@@ -60,4 +60,6 @@ def make_other(name: str, work: Workload, banks: list[Bank]) -> Contender:
     """
     if name == "vllm":
         return vllm.VllmContender(banks)
+    if name == "llama.cpp":
+        return llama.LlamaContender(work)
     return ModuleContender(work.shape, banks, name)

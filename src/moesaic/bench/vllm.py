@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesaic.bench.timing import timed
+from moesaic.bench.contenders import Contender
 from moesaic.bench.workload import Bank, Call
 from moesaic.errors import UnsupportedError
 
@@ -27,7 +27,7 @@ def missing() -> str | None:
     return None
 
 
-class VllmContender:
+class VllmContender(Contender):
     """``_C::cpu_fused_moe`` with the instruction set ``vec``, on weights that it has packed before."""
 
     def __init__(self, banks: list[Bank]) -> None:
@@ -45,10 +45,6 @@ class VllmContender:
             out_TD, call.x, up, down, None, None, call.weights.float(), call.ids.int(), False, "silu", "vec"
         )
         return out_TD
-
-    def seconds(self, call: Call) -> float:
-        """One call of the kernel."""
-        return timed(lambda: self.output(call))
 
 
 def _pack(weight: Tensor) -> Tensor:
