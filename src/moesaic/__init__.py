@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moesaic.dispatch import Dispatch
     from moesaic.errors import MoesaicError
     from moesaic.experts import ExpertBank, use_backend
-    from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
+    from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, QuantizationConfig, quantize
     from moesaic.layer import MoE, update_balancing
     from moesaic.routing import Routing
 
@@ -30,9 +30,11 @@ _HOMES: dict[str, str | None] = {
     "MoesaicConfig": "moesaic.hf",
     "MoesaicError": "moesaic.errors",
     "MoesaicForCausalLM": "moesaic.hf",
+    "QuantizationConfig": "moesaic.hf",
     "Routing": "moesaic.routing",
     "experts": None,
     "hf": None,
+    "quantize": "moesaic.hf",
     "routing": None,
     "update_balancing": "moesaic.layer",
     "use_backend": "moesaic.experts",
@@ -46,9 +48,11 @@ __all__ = [
     "MoesaicConfig",
     "MoesaicError",
     "MoesaicForCausalLM",
+    "QuantizationConfig",
     "Routing",
     "experts",
     "hf",
+    "quantize",
     "routing",
     "update_balancing",
     "use_backend",

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.dispatch import Dispatch
-from moesaic.errors import ConfigError
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.backend import compute
-from moesaic.experts.quantized import QuantFormat
-from moesaic.experts.storage import ExpertStorage, make_room, quantize_parameter
+from moesaic.experts.storage import ExpertStorage
 from moesaic.experts.weights import ExpertWeights
 
 
@@ -21,17 +19,12 @@ class ExpertBank(ExpertStorage):
 
     Parameters: ``up`` ``[E, G, D]`` (gate and up projection for a gated activation: G = 2F, the gate first; else
     G = F), ``down`` ``[E, D, F]``, and with ``bias`` ``up_bias`` ``[E, G]`` and ``down_bias`` ``[E, D]``. It is the
-    layout of transformers' ``gate_up_proj`` and ``down_proj``. :meth:`quantize` puts buffers ``up_codes``,
+    layout of transformers' ``gate_up_proj`` and ``down_proj``. :func:`moesaic.quantize` puts the buffers ``up_codes``,
     ``up_scale``, ``down_codes`` and ``down_scale`` in the place of the two matrices.
 
     Args:
         activation: a name of ``moesaic.experts.ACTIVATIONS``.
     """
-
-    up_codes: Tensor
-    up_scale: Tensor
-    down_codes: Tensor
-    down_scale: Tensor
 
     def __init__(
         self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False
@@ -63,40 +56,20 @@ class ExpertBank(ExpertStorage):
         """The parameters as a backend takes them; no copy."""
         if self.format is None:
             return ExpertWeights(self.up, self.down, self.activation, self.up_bias, self.down_bias)
+        up, down = self.quantized()
         return ExpertWeights(
-            self.up_codes,
-            self.down_codes,
+            up.codes,
+            down.codes,
             self.activation,
             self.up_bias,
             self.down_bias,
             format=self.format,
-            up_scale=self.up_scale,
-            down_scale=self.down_scale,
+            up_scale=up.scale,
+            down_scale=down.scale,
         )
 
-    def quantize(
-        self, format: QuantFormat, up_importance_ED: Tensor | None = None, down_importance_EF: Tensor | None = None
-    ) -> None:
-        """Store the two matrices in few bits from now on; the biases stay. For a whole model: ``moesaic.quantize``.
-
-        Args:
-            up_importance_ED, down_importance_EF: ``[E, D]`` and ``[E, F]``, the second moments of what goes into each
-                matrix, or None (see :meth:`QuantFormat.quantize`).
-
-        Raises:
-            ConfigError: where the bank is quantized already, or a weight is not finite.
-        """
-        if self.format is not None:
-            raise ConfigError(f"the experts are quantized already, as {self.format.name}")
-        quantize_parameter(self, "up", format, importance_EI=up_importance_ED)
-        quantize_parameter(self, "down", format, importance_EI=down_importance_EF)
-        self.format = format
-
-    def make_room(self, format: QuantFormat) -> None:
-        """As :meth:`quantize`, for a checkpoint's quantized weights: the matrices' values are forgotten."""
-        make_room(self, "up", format)
-        make_room(self, "down", format)
-        self.format = format
+    def gated(self) -> bool:
+        return self.activation.gated
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """``[T, D]`` to ``[T, D]``: for every token the weighted sum of its experts' outputs."""

@@ -13,6 +13,7 @@ from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import experts_forward, is_experts_module
 from moesaic.hf.export import export_qwen3_moe
 from moesaic.hf.modeling import MoesaicForCausalLM, MoesaicModel
+from moesaic.hf.quantization import QuantizationConfig, quantize
 
 ALL_EXPERTS_FUNCTIONS.register("moesaic", experts_forward)
 # Experts in 8 bits have an interface of their own. We do not run them, and say so there too.
@@ -21,4 +22,12 @@ AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
 AutoModel.register(MoesaicConfig, MoesaicModel, exist_ok=True)
 AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
 
-__all__ = ["MoesaicConfig", "MoesaicForCausalLM", "MoesaicModel", "export_qwen3_moe", "is_experts_module"]
+__all__ = [
+    "MoesaicConfig",
+    "MoesaicForCausalLM",
+    "MoesaicModel",
+    "QuantizationConfig",
+    "export_qwen3_moe",
+    "is_experts_module",
+    "quantize",
+]

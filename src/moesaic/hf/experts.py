@@ -8,6 +8,7 @@ biased, transposed, interleaved, custom gates, post-expert norms, expert-paralle
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -17,6 +18,7 @@ from transformers.integrations.moe import _default_apply_gate
 from moesaic.dispatch import Dispatch
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute
+from moesaic.experts.storage import ExpertStorage
 from moesaic.routing import Routing
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -39,15 +41,19 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         UnsupportedError: where the module is a variant that we do not know; the message names it.
     """
     weights = weights_of(module)
-    num_experts = weights.num_experts
-    null_TK = top_k_index >= num_experts
+    dispatch = dispatch_of(top_k_index, top_k_weights, weights.num_experts)
+    return compute(hidden_states, dispatch, weights).to(hidden_states.dtype)
+
+
+def dispatch_of(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Dispatch:
+    """What a router of transformers chose, as :func:`experts_forward` takes it, in the order of the experts."""
     routing = Routing(
         expert_ids=top_k_index.long(),
         weights=top_k_weights,
         # Only the number of experts is read from the scores here; the model's router keeps its own.
         scores=top_k_weights.new_zeros(()).expand(top_k_index.shape[0], num_experts),
-    ).without(null_TK)
-    return compute(hidden_states, Dispatch.from_routing(routing), weights).to(hidden_states.dtype)
+    )
+    return Dispatch.from_routing(routing.without(top_k_index >= num_experts))
 
 
 def weights_of(module: nn.Module) -> ExpertWeights:
@@ -59,15 +65,22 @@ def weights_of(module: nn.Module) -> ExpertWeights:
     gated, biased = bool(_flag(module, "has_gate")), bool(_flag(module, "has_bias"))
     up = "gate_up_proj" if gated else "up_proj"
     return ExpertWeights(
-        up=_parameter(module, up),
-        down=_parameter(module, "down_proj"),
+        **_matrices(module, up),
         activation=_activation(module, gated),
         up_bias=_parameter(module, f"{up}_bias") if biased else None,
         down_bias=_parameter(module, "down_proj_bias") if biased else None,
-        transposed=bool(_flag(module, "is_transposed")),
         # transformers before 5.18 has no such flag
         post_norm=_own(module, "post_expert_norm") if getattr(module, "has_post_expert_norm", False) else None,
     )
+
+
+def _matrices(module: nn.Module, up: str) -> dict[str, Any]:
+    if isinstance(module, ExpertStorage) and module.format is not None:
+        ups, downs = module.quantized()
+        scales = {"up_scale": ups.scale, "down_scale": downs.scale}
+        return {"up": ups.codes, "down": downs.codes, "format": module.format, **scales}
+    transposed = bool(_flag(module, "is_transposed"))
+    return {"up": _parameter(module, up), "down": _parameter(module, "down_proj"), "transposed": transposed}
 
 
 def _flag(module: nn.Module, name: str) -> object:
