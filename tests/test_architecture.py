@@ -33,6 +33,8 @@ FLOORS = [
     {"bench"},
     {"cli", "__main__"},
 ]
+# Packages whose modules are called otherwise.
+MODULES = {"llama_cpp_python": "llama_cpp"}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 
@@ -116,7 +118,7 @@ def undeclared(package: Path, project: Path) -> list[str]:
     told = tomllib.loads(project.read_text())["project"]
     lines = [*told["dependencies"], *(line for extra in told["optional-dependencies"].values() for line in extra)]
     declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in lines}
-    known = declared | set(sys.stdlib_module_names) | {package.name}
+    known = {MODULES.get(name, name) for name in declared} | set(sys.stdlib_module_names) | {package.name}
     found = []
     for path in sorted(package.rglob("*.py")):
         for line, name in imports(path, package):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,19 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moesaic.bench.shapes import Shape
 from moesaic.bench.timing import timed
-from moesaic.bench.workload import Bank, Call, relative_error
-from moesaic.experts import use_backend
+from moesaic.bench.workload import Bank, Call, gradient_error, relative_error
+from moesaic.errors import UnsupportedError
+from moesaic.experts import QuantizedMatrix, use_backend
 
 
 class Contender(ABC):
-    """Computes the experts of one call."""
+    """Computes the experts of one call.
+
+    Attributes:
+        bytes_per_expert: of its weights, where they are not the bank's own.
+    """
+
+    bytes_per_expert: float | None = None
 
     @abstractmethod
     def output(self, call: Call) -> Tensor:
@@ -36,7 +44,7 @@ class Contender(ABC):
 
 
 class ModuleContender(Contender):
-    """An experts module of transformers, called as a model calls it.
+    """An experts module of transformers, called as a model calls it, without gradients.
 
     Args:
         implementation: what ``experts_implementation`` says.
@@ -49,22 +57,82 @@ class ModuleContender(Contender):
 
     def output(self, call: Call) -> Tensor:
         """``[T, D]``."""
-        if self.backend is None:
-            return self._run(call)
-        with use_backend(self.backend):
+        with self._backend():
             return self._run(call)
 
     def seconds(self, call: Call) -> float:
-        """One forward, without gradients; setting the backend is not part of it."""
-        if self.backend is None:
+        """One forward; setting the backend is not part of it."""
+        with self._backend():
             return timed(lambda: self._run(call))
-        with use_backend(self.backend):
-            return timed(lambda: self._run(call))
+
+    def _backend(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.backend is None else use_backend(self.backend)
 
     @torch.inference_mode()
     def _run(self, call: Call) -> Tensor:
         out: Tensor = self.modules[call.bank](call.x, call.ids, call.weights)
         return out
+
+
+class TrainingContender(ModuleContender):
+    """The same module's forward and backward: gradients of the features, both matrices and the routing weights."""
+
+    def __init__(self, shape: Shape, banks: list[Bank], implementation: str, backend: str | None = None) -> None:
+        super().__init__(shape, banks, implementation, backend)
+        for module in self.modules:
+            module.requires_grad_()
+
+    def error(self, call: Call, bank: Bank) -> float:
+        """Of the gradients, the worst of the four."""
+        x, weights = self._leaves(call)
+        with self._backend():
+            self._forward_and_backward(call, x, weights)
+        module = self.modules[call.bank]
+        found = [x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad]
+        return gradient_error([grad for grad in found if isinstance(grad, Tensor)], call, bank)
+
+    def seconds(self, call: Call) -> float:
+        """One forward and backward; the gradients of the run before are let go first."""
+        x, weights = self._leaves(call)
+        self.modules[call.bank].zero_grad(set_to_none=True)
+        with self._backend():
+            return timed(lambda: self._forward_and_backward(call, x, weights))
+
+    def _leaves(self, call: Call) -> tuple[Tensor, Tensor]:
+        return call.x.detach().requires_grad_(), call.weights.detach().requires_grad_()
+
+    def _forward_and_backward(self, call: Call, x: Tensor, weights: Tensor) -> None:
+        out: Tensor = self.modules[call.bank](x, call.ids, weights)
+        out.backward(call.x)  # any numbers will do; these are there
+
+
+class QuantizedContender(ModuleContender):
+    """Our implementation on weights of 8 or 4 bits; the reference computes with the values that the codes stand for."""
+
+    def __init__(self, shape: Shape, banks: list[Bank], backend: str, format: str) -> None:
+        from moesaic.hf import quantize
+
+        super().__init__(shape, banks, "moesaic", backend)
+        self.modules = [quantize(module, format) for module in self.modules]
+        tensors = self.modules[0].state_dict().values()
+        self.bytes_per_expert = sum(tensor.nbytes for tensor in tensors) / shape.num_experts
+
+    def error(self, call: Call, bank: Bank) -> float:
+        """Of the kernel alone, not of the rounding of the weights."""
+        up, down = self.modules[call.bank].quantized()  # type: ignore[operator]
+        return relative_error(self.output(call), call, Bank(_Dequantized(up), _Dequantized(down)))  # type: ignore[arg-type]
+
+
+class _Dequantized:
+    """One expert at a time: all of them in floats would take as much memory again as the bank."""
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        self.matrix = matrix
+
+    def __getitem__(self, expert: int) -> Tensor:
+        m = self.matrix
+        one = QuantizedMatrix(m.format, m.codes[expert : expert + 1], m.scale[expert : expert + 1], m.inputs)
+        return one.dequantize(torch.float32)[0]
 
 
 def experts_module(shape: Shape, bank: Bank, implementation: str) -> nn.Module:
@@ -83,3 +151,17 @@ def experts_module(shape: Shape, bank: Bank, implementation: str) -> nn.Module:
     module.gate_up_proj = nn.Parameter(bank.up, requires_grad=False)
     module.down_proj = nn.Parameter(bank.down, requires_grad=False)
     return module
+
+
+def make_ours(name: str, shape: Shape, banks: list[Bank], backward: bool) -> Contender:
+    """Ours by a name of ``moesaic.bench.field.our_backends``: a backend, or a backend, ``+`` and a format of weights.
+
+    Raises:
+        UnsupportedError: for gradients of quantized weights.
+    """
+    backend, _, format = name.partition("+")
+    if not format:
+        return (TrainingContender if backward else ModuleContender)(shape, banks, "moesaic", backend)
+    if backward:
+        raise UnsupportedError("quantized experts are not trained")
+    return QuantizedContender(shape, banks, backend, format)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
-from moesaic.bench.contenders import Contender
-from moesaic.bench.field import make_other, make_ours
+from moesaic.bench.contenders import Contender, make_ours
+from moesaic.bench.field import make_other
 from moesaic.bench.limits import limits
 from moesaic.bench.timing import Times, alternate
 from moesaic.bench.workload import Bank, Call, Workload, active_experts, make_banks, make_calls
-from moesaic.errors import UnsupportedError
+from moesaic.errors import MoesaicError, UnsupportedError
 
 # Successive contenders of a round get calls this far apart, so that none finds what the one before it has read.
 _APART = 5
@@ -27,6 +28,7 @@ class Result:
         seconds, quartiles: of one run: the median, and the first and third quartile.
         runs: how many there were.
         error: ‖out − ref‖ / ‖ref‖ on inputs made for this check, the worst of those tried.
+        bytes: of its weights of the active experts, on average over the calls; each is read once at least.
         read_fraction: bytes per second against the measured streaming read.
         register_fraction, matmul_fraction: FLOP/s against multiply-adds on registers, and against a large matmul.
         ratio, ratio_quartiles: its time over that of the first contender of ours (``ours``).
@@ -37,6 +39,7 @@ class Result:
     quartiles: tuple[float, float]
     runs: int
     error: float
+    bytes: float
     read_fraction: float
     register_fraction: float | None
     matmul_fraction: float
@@ -49,7 +52,8 @@ class Row:
     """All contenders on one workload.
 
     Attributes:
-        bytes: of the weights of the active experts, on average over the calls; each is read once at least.
+        bytes: of the weights of the active experts, as the dtype stores them, on average over the calls; three times
+            that with gradients (read, read again, gradients written).
         flops: of the routed rows.
         limits: measured between the runs; the keys of ``moesaic.bench.limits.LIMITS``.
         skipped: who did not take part, and why.
@@ -59,11 +63,16 @@ class Row:
     tokens: int
     dtype: str
     routing: str
+    backward: bool
     bytes: float
     flops: float
     limits: dict[str, float]
     results: list[Result]
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def disturbed(self) -> list[str]:
+        """Contenders whose quartiles are a third of their median apart: something else was running."""
+        return [each.name for each in self.results if each.quartiles[1] - each.quartiles[0] > each.seconds / 3]
 
     def result(self, name: str) -> Result | None:
         """The result of a contender, or None where it did not take part."""
@@ -90,7 +99,7 @@ class Plan:
 
 def measure(plan: Plan, tell: Callable[[str], object] = lambda line: None) -> Iterator[Row]:
     """Measure row after row; what takes long is told in a line before. Works of one shape and dtype share weights."""
-    for (shape, dtype), works in groupby(plan.works, lambda work: (work.shape, work.torch_dtype)):
+    for (shape, dtype, _), works in groupby(plan.works, lambda work: (work.shape, work.torch_dtype, work.backward)):
         start = time.perf_counter()
         chosen = list(works)
         banks = make_banks(shape, dtype, plan.seed)
@@ -108,11 +117,14 @@ def measure(plan: Plan, tell: Callable[[str], object] = lambda line: None) -> It
 
 
 def _field(plan: Plan, work: Workload, banks: list[Bank]) -> tuple[dict[str, Contender], dict[str, str]]:
-    made: dict[str, Contender] = {f"moesaic/{name}": make_ours(name, work, banks) for name in plan.ours}
+    made: dict[str, Contender] = {}
     skipped = {}
-    for name in plan.against:
+    for name, make in [
+        *((f"moesaic/{name}", partial(make_ours, name, work.shape, banks, work.backward)) for name in plan.ours),
+        *((name, partial(make_other, name, work, banks)) for name in plan.against),
+    ]:
         try:
-            made[name] = make_other(name, work, banks)
+            made[name] = make()
         except UnsupportedError as error:
             skipped[name] = str(error)
     return made, skipped
@@ -125,7 +137,7 @@ def _row(plan: Plan, work: Workload, banks: list[Bank], made: dict[str, Contende
     for name, contender in made.items():
         try:
             errors[name] = max(contender.error(call, banks[call.bank]) for call in checks)
-        except UnsupportedError as error:
+        except MoesaicError as error:
             refused[name] = str(error)
     runners = {name: contender for name, contender in made.items() if name in errors}
     calls = make_calls(work, len(banks), plan.seed + 2)
@@ -135,19 +147,24 @@ def _row(plan: Plan, work: Workload, banks: list[Bank], made: dict[str, Contende
     for run in measured.values():  # the first calls generate code, grow pools, fault pages in
         run(0)
     times, rates = alternate(measured, limits(banks, work.torch_dtype), plan.seconds)
+    active, passes = active_experts(calls), work.passes()
+    expert_bytes = work.shape.weights_of_expert() * work.torch_dtype.itemsize
     row = Row(
         str(work.shape),
         work.tokens,
         work.dtype,
         work.routing,
-        active_experts(calls) * work.shape.weights_of_expert() * work.torch_dtype.itemsize,
-        work.shape.flops(work.rows()),
+        work.backward,
+        active * passes * expert_bytes,
+        passes * work.shape.flops(work.rows()),
         rates,
         [],
         refused,
     )
-    first = next(iter(times.values()))
-    row.results = [_result(row, name, taken, errors[name], first) for name, taken in times.items()]
+    first = next(iter(times.values()), None)
+    for name, taken in times.items():
+        row_bytes = active * passes * (runners[name].bytes_per_expert or expert_bytes)
+        row.results.append(_result(row, name, taken, row_bytes, errors[name], first or taken))
     return row
 
 
@@ -155,7 +172,7 @@ def _turn(contender: Contender, calls: list[Call], offset: int) -> Callable[[int
     return lambda number: contender.seconds(calls[(number + offset) % len(calls)])
 
 
-def _result(row: Row, name: str, times: Times, error: float, first: Times) -> Result:
+def _result(row: Row, name: str, times: Times, row_bytes: float, error: float, first: Times) -> Result:
     seconds, registers = times.median, row.limits.get("registers")
     ratio, low, high = first.ratio_of(times)
     return Result(
@@ -164,7 +181,8 @@ def _result(row: Row, name: str, times: Times, error: float, first: Times) -> Re
         times.quartiles(),
         len(times.seconds),
         error,
-        row.bytes / seconds / row.limits["read"],
+        row_bytes,
+        row_bytes / seconds / row.limits["read"],
         row.flops / seconds / registers if registers else None,
         row.flops / seconds / row.limits["matmul"],
         ratio,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from moesaic.bench import llama, vllm
-from moesaic.bench.contenders import Contender, ModuleContender
+from moesaic.bench.contenders import Contender, ModuleContender, TrainingContender
 from moesaic.bench.workload import Bank, Workload
 from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
-from moesaic.experts import status, use_backend
+from moesaic.experts import QuantFormat, status, use_backend
 from moesaic.experts.backend import AUTO
 
 TRANSFORMERS = ("grouped_mm", "eager", "batched_mm")
@@ -18,14 +18,20 @@ _BY_DEFAULT = ("grouped_mm", "eager", *PEERS)
 def our_backends(names: list[str] | None) -> list[str]:
     """The backends to measure: those named, or all that run here, ``"auto"`` last.
 
+    Args:
+        names: backends, each with ``"+int8"`` or ``"+int4"`` where its weights are to be quantized.
+
     Raises:
         ConfigError: for an unknown name, or a backend that cannot run here (with the reason).
     """
     if names is None:
         return [*(name for name, reason in status().items() if reason is None), AUTO]
     for name in names:
-        with use_backend(name):
+        backend, plus, format = name.partition("+")
+        with use_backend(backend):
             pass
+        if plus:
+            QuantFormat.named(format)
     return names
 
 
@@ -47,19 +53,14 @@ def others(names: list[str] | None) -> tuple[list[str], dict[str, str]]:
     return names, {}
 
 
-def make_ours(backend: str, work: Workload, banks: list[Bank]) -> Contender:
-    """The experts implementation ``"moesaic"`` under one backend."""
-    return ModuleContender(work.shape, banks, "moesaic", backend)
-
-
 def make_other(name: str, work: Workload, banks: list[Bank]) -> Contender:
     """The contender of ``OTHERS`` called ``name``.
 
     Raises:
-        UnsupportedError: where it does not compute in this dtype.
+        UnsupportedError: where it does not compute in this dtype, or no gradients.
     """
-    if name == "vllm":
-        return vllm.VllmContender(banks)
-    if name == "llama.cpp":
-        return llama.LlamaContender(work)
-    return ModuleContender(work.shape, banks, name)
+    if name in TRANSFORMERS:
+        return (TrainingContender if work.backward else ModuleContender)(work.shape, banks, name)
+    if work.backward:
+        raise UnsupportedError(f"{name} computes no gradients")
+    return vllm.VllmContender(banks) if name == "vllm" else llama.LlamaContender(work)

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import util
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ _WORKER = Path(__file__).with_name("llama_worker.py")
 _NEEDED = ("llama_cpp", "gguf")
 _MOST_TOKENS = 2048
 _CHECKED_TOKENS = 16
+_SPINNING_SECONDS = 0.02
 
 
 def missing() -> str | None:
@@ -64,6 +67,7 @@ class LlamaContender(Contender):
             start_new_session=True,  # Ctrl-C is for us alone; it ends when its input does
         )
         self._answer()
+        self.tokens, self.rest = 0, list[float]()
 
     def output(self, call: Call) -> Tensor:
         """Not there: it computes on its own weights."""
@@ -77,9 +81,16 @@ class LlamaContender(Contender):
         """The layer's time less that of the rest."""
         if len(call.x) > _MOST_TOKENS:
             raise UnsupportedError(f"llama.cpp is compared with up to {_MOST_TOKENS} tokens")
+        # The idle threads of either process go on spinning for some milliseconds, on the other one's cores.
+        time.sleep(_SPINNING_SECONDS)
+        if len(call.x) != self.tokens:
+            self.tokens, self.rest = len(call.x), []
         told = self._ask({"tokens": len(call.x)})
-        # Never nothing, however noisy the two measurements of a tiny layer are.
-        return max(told["layer"] - told["rest"], 1e-6)
+        time.sleep(_SPINNING_SECONDS)
+        self.rest.append(told["rest"])
+        # The median of the runs so far, because a single disturbed one would be taken off in full; and never nothing,
+        # however noisy the measurements of a tiny layer are.
+        return max(told["layer"] - median(self.rest), 1e-6)
 
     def close(self) -> None:
         """End the process."""

@@ -40,10 +40,10 @@ def title(row: Row) -> str:
     """The work, its bytes and operations, and the limits measured beside it."""
     limits = [f"read {row.limits['read'] / 1e9:.1f} GB/s"]
     limits += [f"{name} {row.limits[name] / 1e9:.0f} GFLOP/s" for name in ("registers", "matmul") if name in row.limits]
-    return (
-        f"{row.shape}, {row.tokens} tokens, {row.dtype}, {row.routing} routing: {row.bytes / 1e6:.1f} MB of weights, "
-        f"{row.flops / 1e9:.3g} GFLOP; limits: {', '.join(limits)}"
-    )
+    work = f"{row.shape}, {row.tokens} tokens, {row.dtype}, {row.routing} routing"
+    if row.backward:
+        work += ", forward and backward"
+    return f"{work}: {row.bytes / 1e6:.1f} MB of weights, {row.flops / 1e9:.3g} GFLOP; limits: {', '.join(limits)}"
 
 
 def cells(row: Row, result: Result) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
         result.name,
         milliseconds(result.seconds),
         f"{milliseconds(low)} - {milliseconds(high)}",
-        f"{row.bytes / result.seconds / 1e9:.1f}",
+        f"{result.bytes / result.seconds / 1e9:.1f}",
         f"{row.flops / result.seconds / 1e9:.1f}",
         f"{result.read_fraction:.0%}",
         f"{result.register_fraction:.0%}" if result.register_fraction is not None else "-",

@@ -35,7 +35,7 @@ def write_roofline(rows: Sequence[Row], path: Path) -> None:
         _ceilings(axes, chosen)
         for index, name in enumerate(names):
             points = [
-                (row.flops / row.bytes, row.flops / result.seconds / 1e9)
+                (row.flops / result.bytes, row.flops / result.seconds / 1e9)
                 for row in chosen
                 if (result := row.result(name)) is not None
             ]

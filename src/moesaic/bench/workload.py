@@ -35,12 +35,14 @@ class Workload:
         dtype: a name of ``DTYPES``.
         routing: ``"balanced"`` (each token's experts are drawn at random) or ``"hot"`` (every token's first expert is
             the same one, the others are drawn at random).
+        backward: the gradients too.
     """
 
     shape: Shape
     tokens: int
     dtype: str = "bf16"
     routing: str = "balanced"
+    backward: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -57,8 +59,13 @@ class Workload:
         """Routed rows of one call."""
         return self.tokens * self.shape.top_k
 
+    def passes(self) -> int:
+        """How often each weight is read or written, and each product computed: backward has two products for one."""
+        return 3 if self.backward else 1
+
     def __str__(self) -> str:
-        return f"{self.shape}, {self.tokens} tokens, {self.dtype}, {self.routing}"
+        both = ", forward and backward" if self.backward else ""
+        return f"{self.shape}, {self.tokens} tokens, {self.dtype}, {self.routing}{both}"
 
 
 @dataclass
@@ -156,13 +163,40 @@ def relative_error(out_TD: Tensor, call: Call, bank: Bank) -> float:
     The reference is written here, one expert after the other, in float32 for 16-bit formats and in float64 for float32;
     it shares no code with any contender.
     """
-    wide = torch.float64 if out_TD.dtype == torch.float32 else torch.float32
+    wide = _wide(out_TD)
     tokens = torch.linspace(0, len(call.x) - 1, min(len(call.x), _CHECKED_TOKENS)).long()
-    x_TD, ids_TK, weights_TK = call.x[tokens].to(wide), call.ids[tokens], call.weights[tokens].to(wide)
-    ref_TD = torch.zeros_like(x_TD)
+    ref_TD = _reference(call.x[tokens].to(wide), call.ids[tokens], call.weights[tokens].to(wide), bank)
+    return distance(out_TD[tokens], ref_TD)
+
+
+def gradient_error(gradients: list[Tensor], call: Call, bank: Bank) -> float:
+    """The worst ``‖grad − ref‖ / ‖ref‖`` of the gradients of features, routing weights, up and down.
+
+    The gradient that comes in is the call's own features.
+    """
+    wide = _wide(gradients[0])
+    x, weights, up, down = (
+        tensor.to(wide, copy=True).requires_grad_() for tensor in (call.x, call.weights, bank.up, bank.down)
+    )
+    _reference(x, call.ids, weights, Bank(up, down)).backward(call.x.to(wide))
+    references = [tensor.grad for tensor in (x, weights, up, down)]
+    return max(distance(found, ref) for found, ref in zip(gradients, references, strict=True) if ref is not None)
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """``‖found − reference‖ / ‖reference‖``."""
+    return float(((found.to(reference.dtype) - reference).norm() / reference.norm()).item())
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float32 else torch.float32
+
+
+def _reference(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank) -> Tensor:
+    out_TD = torch.zeros_like(x_TD)
     for expert in ids_TK.unique().tolist():
         token, slot = (ids_TK == expert).nonzero(as_tuple=True)
-        gate, up = (x_TD[token] @ bank.up[expert].to(wide).T).chunk(2, dim=-1)
-        y = (F.silu(gate) * up) @ bank.down[expert].to(wide).T
-        ref_TD.index_add_(0, token, y * weights_TK[token, slot, None])
-    return float(((out_TD[tokens].to(wide) - ref_TD).norm() / ref_TD.norm()).item())
+        gate, up = (x_TD[token] @ bank.up[expert].to(x_TD.dtype).T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ bank.down[expert].to(x_TD.dtype).T
+        out_TD = out_TD.index_add(0, token, y * weights_TK[token, slot, None])
+    return out_TD

@@ -27,6 +27,9 @@ def command(
         str | None,
         typer.Option(help="grouped_mm, eager, batched_mm, vllm, llama.cpp. Default: the first two and the peers here."),
     ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Forward and backward, instead of forward only.")
+    ] = False,
     seconds: Annotated[float, typer.Option(help="About how long one row may take.")] = 6.0,
     out: Annotated[Path | None, typer.Option(help="Write experts.json and roofline.png into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -41,7 +44,7 @@ def command(
         raise UsageError("'moesaic bench explain' needs the tuner")
     if what != "experts":
         raise UsageError(f"unknown benchmark {what!r}: {did_you_mean(what, ['experts', 'explain'])}")
-    plan, absent = _plan(shape, tokens, dtype, routing, backends, against, seconds)
+    plan, absent = _plan(shape, tokens, dtype, routing, backends, against, seconds, backward)
     for name, reason in absent.items():
         print(f"{name} does not take part: {reason}", file=sys.stderr)
     rows = _measure(plan, out, as_json)
@@ -50,7 +53,14 @@ def command(
 
 
 def _plan(
-    shape: str, tokens: str, dtype: str, routing: str, backends: str | None, against: str | None, seconds: float
+    shape: str,
+    tokens: str,
+    dtype: str,
+    routing: str,
+    backends: str | None,
+    against: str | None,
+    seconds: float,
+    backward: bool,
 ) -> tuple[Plan, dict[str, str]]:
     from moesaic.bench import Plan, Workload, parse_shape
     from moesaic.bench.field import others, our_backends
@@ -62,7 +72,7 @@ def _plan(
     if not 0 < seconds <= 3600:
         raise UsageError(f"--seconds is {seconds}: it must be above 0, and 3600 at most")
     works = [
-        Workload(parse_shape(each), int(count), kind, way)
+        Workload(parse_shape(each), int(count), kind, way, backward)
         for each in _split(shape)
         for kind in _split(dtype)
         for way in _split(routing)
@@ -91,6 +101,8 @@ def _measure(plan: Plan, out: Path | None, quiet: bool) -> list[Row]:
             print_table(title(row), HEADER, [cells(row, result) for result in row.results])
             for name, reason in row.skipped.items():
                 print(f"{name} does not take part: {reason}", file=sys.stderr)
+            if row.disturbed():
+                print(f"disturbed, do not trust: {', '.join(row.disturbed())}", file=sys.stderr)
         if out is not None:
             write(document(rows), out / "experts.json")
             write_roofline(rows, out / "roofline.png")
