@@ -160,7 +160,8 @@ def _matrix(matrix: Tensor, scale: Tensor | None, bias: Tensor | None, transpose
 
 def _empty_like(matrix: Tensor, a: Arguments) -> Tensor:
     """The shape of ``matrix``, contiguous in its memory order as the ABI defines it."""
-    if (_strides(matrix, a.transposed)[1] == 1) != a.transposed:
+    _, in_stride = _strides(matrix, a.transposed)
+    if in_stride != 1 if a.transposed else in_stride == 1:
         return matrix.new_empty(matrix.shape)
     return matrix.new_empty(matrix.shape[0], matrix.shape[2], matrix.shape[1]).transpose(1, 2)
 

@@ -28,6 +28,17 @@ inline uint64_t read_all(const void* data, int64_t bytes, int32_t threads) {
 
 constexpr int CHAINS = W == 16 ? 24 : 12;  // enough independent sums to hide an instruction's latency
 
+// Keeps the compiler from working out what a loop will give.
+INLINE void opaque(F& value) {
+#if defined(__AVX512F__)
+  __asm__ volatile("" : "+v"(value));
+#elif defined(__SSE__)
+  __asm__ volatile("" : "+x"(value));
+#else
+  __asm__ volatile("" : "+w"(value));
+#endif
+}
+
 template <class Kind>
 double chains(int64_t steps, int32_t threads) {
   float kept = 0;
@@ -39,9 +50,10 @@ double chains(int64_t steps, int32_t threads) {
 #pragma GCC unroll 24
       for (int i = 0; i < CHAINS; ++i) {
         sums[i] = Kind::dot_lanes(1, values, sums[i]);
-        __asm__ volatile("" : "+x"(sums[i]));  // each sum is the compiler's to compute, not to guess
+        opaque(sums[i]);
       }
     }
+#pragma GCC unroll 24
     for (int i = 0; i < CHAINS; ++i) kept += sum(sums[i]);
   }
   return kept == 1.0f ? 0 : double(steps) * CHAINS * W * 2 * Kind::pack * threads;

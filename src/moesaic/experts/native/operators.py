@@ -31,7 +31,8 @@ _DIFFERENTIABLE = [
 def experts(arguments: Arguments) -> Tensor:
     """``[T, D]``, with gradients and for tracing; :func:`call.forward` is the way without."""
     keep = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
-    out_TD: Tensor = _Experts.apply(*arguments, keep)[0]  # type: ignore[no-untyped-call]
+    operator = _Experts.apply if keep else torch.ops.moesaic.experts
+    out_TD: Tensor = operator(*arguments, keep)[0]  # type: ignore[no-untyped-call]
     return out_TD
 
 

@@ -13,6 +13,9 @@ constexpr int DOT_ROWS = W == 16 ? 6 : 3;                         // rows; as ma
 constexpr int TILE_ROWS = W == 16 ? 12 : W == 8 ? 6 : 4;          // a panel tile: rows times two vectors of outputs
 constexpr int BLOCK_ROWS = 96;                                    // rows whose sums are kept at once
 constexpr int PANEL_FROM = W == 16 ? 24 : 12;                     // rows from which repacking pays
+#ifndef HINT
+#define HINT 3
+#endif
 constexpr int STEPS = 128;                                        // of a panel that stay in the first cache
 
 // Two vectors of neighbouring outputs: for a gated up projection the gate's and the up's, else one after the other.
@@ -33,18 +36,19 @@ inline int64_t panel_bytes(int64_t inputs) { return 2 * ((inputs + W - 1) / W * 
 
 // ---- few rows ----
 
-template <class Kind, class Reader, int M>
-INLINE void dot_tile(const Reader& weights, const int64_t* outputs, int64_t prefetch,
+// `ahead` is prefetched, LINES cache lines a step.
+template <class Kind, class Reader, int M, int LINES>
+INLINE void dot_tile(const Reader& weights, const int64_t* outputs, const char* ahead,
                      const typename Kind::Element* const* rows, int64_t inputs, float* sums) {
   F total[M][DOT_OUTPUTS] = {};
   int64_t k = 0;
   for (; k + Kind::width <= inputs; k += Kind::width) {
     typename Kind::Vector w[DOT_OUTPUTS];
 #pragma GCC unroll 4
-    for (int j = 0; j < DOT_OUTPUTS; ++j) {
-      w[j] = weights.at(outputs[j], k);
-      if (prefetch) __builtin_prefetch(weights.address(outputs[j] + prefetch, k));
-    }
+    for (int j = 0; j < DOT_OUTPUTS; ++j) w[j] = weights.at(outputs[j], k);
+#pragma GCC unroll 4
+    for (int i = 0; i < LINES; ++i) __builtin_prefetch(ahead + i * 64, 0, HINT);
+    ahead += LINES * 64;
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const typename Kind::Vector x = Kind::load(rows[m] + k);
@@ -54,8 +58,10 @@ INLINE void dot_tile(const Reader& weights, const int64_t* outputs, int64_t pref
   }
   if (k < inputs) {
     const int rest = int(inputs - k);
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const typename Kind::Vector x = Kind::load_some(rows[m] + k, rest);
+#pragma GCC unroll 4
       for (int j = 0; j < DOT_OUTPUTS; ++j) total[m][j] = Kind::dot(weights.some(outputs[j], k, rest), x, total[m][j]);
     }
   }
@@ -63,13 +69,13 @@ INLINE void dot_tile(const Reader& weights, const int64_t* outputs, int64_t pref
   for (int m = 0; m < M; ++m) store_sums(sums + m * 2 * W, total[m][0], total[m][1], total[m][2], total[m][3]);
 }
 
-template <class Kind, class Reader, int M = 1>
-INLINE void dot_rows(int count, const Reader& weights, const int64_t* outputs, int64_t prefetch,
+template <class Kind, class Reader, int LINES, int M = 1>
+INLINE void dot_rows(int count, const Reader& weights, const int64_t* outputs, const char* ahead,
                      const typename Kind::Element* const* rows, int64_t inputs, float* sums) {
   if (count == M) {
-    dot_tile<Kind, Reader, M>(weights, outputs, prefetch, rows, inputs, sums);
+    dot_tile<Kind, Reader, M, LINES>(weights, outputs, ahead, rows, inputs, sums);
   } else if constexpr (M < DOT_ROWS) {
-    dot_rows<Kind, Reader, M + 1>(count, weights, outputs, prefetch, rows, inputs, sums);
+    dot_rows<Kind, Reader, LINES, M + 1>(count, weights, outputs, ahead, rows, inputs, sums);
   }
 }
 
@@ -82,10 +88,19 @@ void dot_block(const Reader& weights, const Block& block, const typename Kind::E
       int64_t outputs[DOT_OUTPUTS];  // the last one again where there are fewer
       for (int j = 0; j < DOT_OUTPUTS; ++j)
         outputs[j] = block.first[v] + (o + j < block.count[v] ? o + j : block.count[v] - 1);
+      // The weights that follow are fetched a share in each pass, so that memory and arithmetic both stay busy.
+      const char* ahead = static_cast<const char*>(weights.address(outputs[0] + DOT_OUTPUTS, 0));
+      const int64_t lines = inputs / Kind::width * 64;
       for (int pass = 0; pass < passes; ++pass) {
         const int begin = num_rows * pass / passes, end = num_rows * (pass + 1) / passes;
-        dot_rows<Kind, Reader>(end - begin, weights, outputs, pass ? 0 : DOT_OUTPUTS, rows + begin, inputs,
-                               sums + begin * 2 * W + v * W + o);
+        float* to = sums + begin * 2 * W + v * W + o;
+        if (passes == 1) {
+          dot_rows<Kind, Reader, 4>(end - begin, weights, outputs, ahead, rows + begin, inputs, to);
+        } else if (passes <= 3) {
+          dot_rows<Kind, Reader, 2>(end - begin, weights, outputs, ahead + pass * 2 * lines, rows + begin, inputs, to);
+        } else {
+          dot_rows<Kind, Reader, 1>(end - begin, weights, outputs, ahead + pass * lines, rows + begin, inputs, to);
+        }
       }
     }
   }
@@ -231,6 +246,13 @@ __attribute__((noinline)) void panel_rows(const typename Kind::Element* const* r
                                           const uint32_t* panel, int64_t half, float* sums) {
   auto at = reinterpret_cast<const char* const*>(rows);
   panel_block<Kind>([&](int r, int64_t s) { return RowLanes{at + r, s * 4}; }, num_rows, steps, panel, half, sums);
+}
+
+template <class Kind>
+__attribute__((noinline)) void panel_lanes(const uint32_t* lanes, int64_t stride, int num_rows, int64_t steps,
+                                           const uint32_t* panel, int64_t half, float* sums) {
+  panel_block<Kind>([&](int r, int64_t s) { return PackedLanes{lanes + s * stride + r, stride}; }, num_rows, steps, panel,
+                    half, sums);
 }
 
 // ---- either ----

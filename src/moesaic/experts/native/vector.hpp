@@ -212,6 +212,14 @@ INLINE void store_up_to(Format format, typename Format::Element* to, F values, i
   }
 }
 
+// Zeros beyond the first `count` lanes.
+INLINE F first_lanes(F values, int64_t count) {
+  if (count >= W) return values;
+  float lanes[W];
+  memcpy(lanes, &values, sizeof values);
+  return read_some<F>(lanes, int(count));
+}
+
 // ---- sums across lanes ----
 
 INLINE float sum(F values) {
