@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from moesaic.bench.shapes import Shape
 from moesaic.bench.timing import timed
 from moesaic.bench.workload import Bank, Call, gradient_error, relative_error
 from moesaic.errors import UnsupportedError
-from moesaic.experts import QuantizedMatrix, use_backend
+from moesaic.experts import QuantFormat, QuantizedMatrix, use_backend
+from moesaic.hf import quantize
+from moesaic.hf.quantized import adopt
+
+_QUANTIZED_EXPERTS = 4
 
 
 class Contender(ABC):
@@ -107,13 +112,22 @@ class TrainingContender(ModuleContender):
 
 
 class QuantizedContender(ModuleContender):
-    """Our implementation on weights of 8 or 4 bits; the reference computes with the values that the codes stand for."""
+    """Our implementation on weights of 8 or 4 bits; the reference computes with the values that the codes stand for.
+
+    Only the first experts of the first bank are quantized, and copied to all others: the search for the scales of int4
+    takes a minute for all, and the kernels' time does not depend on the codes.
+    """
 
     def __init__(self, shape: Shape, banks: list[Bank], backend: str, format: str) -> None:
-        from moesaic.hf import quantize
-
         super().__init__(shape, banks, "moesaic", backend)
-        self.modules = [quantize(module, format) for module in self.modules]
+        few = min(_QUANTIZED_EXPERTS, shape.num_experts)
+        pattern = experts_module(replace(shape, num_experts=few, top_k=1), _first(banks[0], few), "moesaic")
+        quantized = quantize(pattern, format).state_dict()
+        for module in self.modules:
+            adopt(module).make_room(QuantFormat.named(format))
+            for name, tensor in module.state_dict().items():
+                copies = -(-shape.num_experts // few)
+                tensor.copy_(quantized[name].repeat(copies, *[1] * (tensor.ndim - 1))[: shape.num_experts])
         tensors = self.modules[0].state_dict().values()
         self.bytes_per_expert = sum(tensor.nbytes for tensor in tensors) / shape.num_experts
 
@@ -121,6 +135,10 @@ class QuantizedContender(ModuleContender):
         """Of the kernel alone, not of the rounding of the weights."""
         up, down = self.modules[call.bank].quantized()  # type: ignore[operator]
         return relative_error(self.output(call), call, Bank(_Dequantized(up), _Dequantized(down)))  # type: ignore[arg-type]
+
+
+def _first(bank: Bank, experts: int) -> Bank:
+    return Bank(bank.up[:experts], bank.down[:experts])
 
 
 class _Dequantized:
@@ -137,8 +155,6 @@ class _Dequantized:
 
 def experts_module(shape: Shape, bank: Bank, implementation: str) -> nn.Module:
     """transformers' experts of OLMoE around the weights of ``bank``; no copy."""
-    import moesaic.hf  # noqa: F401  (registers the implementation "moesaic")
-
     config = OlmoeConfig(
         hidden_size=shape.d_model,
         intermediate_size=shape.d_ff,

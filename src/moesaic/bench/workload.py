@@ -98,11 +98,12 @@ def make_bank(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> B
     """
     e, d, f = shape.num_experts, shape.d_model, shape.d_ff
     return Bank(
-        _tiled((e, 2 * f, d), 1 / math.sqrt(d), dtype, generator), _tiled((e, d, f), 1 / math.sqrt(f), dtype, generator)
+        tiled((e, 2 * f, d), 1 / math.sqrt(d), dtype, generator), tiled((e, d, f), 1 / math.sqrt(f), dtype, generator)
     )
 
 
-def _tiled(size: tuple[int, ...], std: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def tiled(size: tuple[int, ...], std: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A tensor of normal numbers that come again after some five million."""
     count = math.prod(size)
     block = (torch.randn(min(count, _BLOCK), generator=generator) * std).to(dtype)
     out = torch.empty(count, dtype=dtype)
@@ -134,7 +135,9 @@ def make_calls(work: Workload, num_banks: int, seed: int) -> list[Call]:
     for i in range(count):
         x_TD = torch.randn(work.tokens, shape.d_model, generator=generator).to(work.torch_dtype)
         scores_TK = torch.randn(work.tokens, shape.top_k, generator=generator)
-        ids_TK = next(decks[i % num_banks])[None] if work.tokens == 1 else _route(work, generator)
+        hot = 1.0 if work.routing == "hot" else 0.0
+        dealt = next(decks[i % num_banks])[None] if work.tokens == 1 else None
+        ids_TK = route(shape, work.tokens, hot, generator) if dealt is None else dealt
         calls.append(Call(x_TD, ids_TK, scores_TK.softmax(-1).to(work.torch_dtype), i % num_banks))
     return calls
 
@@ -145,11 +148,11 @@ def _deck(shape: Shape, generator: torch.Generator) -> Iterator[Tensor]:
         yield from shuffled[: shape.num_experts // shape.top_k * shape.top_k].view(-1, shape.top_k)
 
 
-def _route(work: Workload, generator: torch.Generator) -> Tensor:
-    scores_TE = torch.rand(work.tokens, work.shape.num_experts, generator=generator)
-    if work.routing == "hot":
-        scores_TE[:, 0] = 2.0
-    return scores_TE.topk(work.shape.top_k, dim=-1).indices
+def route(shape: Shape, tokens: int, hot: float, generator: torch.Generator) -> Tensor:
+    """``[T, K]`` expert ids at random; the first expert is among those of a share ``hot`` of the tokens for sure."""
+    scores_TE = torch.rand(tokens, shape.num_experts, generator=generator)
+    scores_TE[: round(hot * tokens), 0] = 2.0
+    return scores_TE.topk(shape.top_k, dim=-1).indices
 
 
 def active_experts(calls: list[Call]) -> float:
