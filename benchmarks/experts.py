@@ -17,7 +17,7 @@ from typing import Any
 from moesaic.bench import Plan, Row, measure
 from moesaic.bench.field import PEERS
 from moesaic.bench.generation import run_generation
-from moesaic.bench.report import HEADER, cells, document, title, write
+from moesaic.bench.report import HEADER, cells, document, notes, title, write
 from moesaic.bench.roofline import write_roofline
 from moesaic.bench.targets import GROUPS, batches, model_verdicts, row_verdicts, trace_verdicts
 from moesaic.bench.targets import HEADER as VERDICT_HEADER
@@ -85,10 +85,8 @@ class Run:
         self.rows.append(row)
         self.verdicts += row_verdicts(row)
         print_table(title(row), HEADER, [cells(row, result) for result in row.results])
-        for name, reason in row.skipped.items():
-            print(f"{name} does not take part: {reason}")
-        if row.disturbed():
-            print(f"disturbed, do not trust: {', '.join(row.disturbed())}")
+        for line in notes(row):
+            print(line)
         self.save()
 
     def save(self) -> None:

@@ -43,6 +43,10 @@ class Contender(ABC):
         """How long one run took."""
         return timed(lambda: self.output(call))
 
+    def cpu_seconds(self) -> float:
+        """What it has used so far in processes of its own."""
+        return 0.0
+
     def close(self) -> None:
         """Let go of what garbage collection does not."""
         return

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from moesaic.bench.contenders import Contender, make_ours
 from moesaic.bench.field import make_other
-from moesaic.bench.limits import limits
+from moesaic.bench.limits import OtherProcesses, limits
 from moesaic.bench.timing import Times, alternate
 from moesaic.bench.workload import Bank, Call, Workload, active_experts, make_banks, make_calls
 from moesaic.errors import MoesaicError, UnsupportedError
@@ -56,6 +56,7 @@ class Row:
             that with gradients (read, read again, gradients written).
         flops: of the routed rows.
         limits: measured between the runs; the keys of ``moesaic.bench.limits.LIMITS``.
+        others: the share of all CPUs' time that other processes used meanwhile; None where the system does not tell.
         skipped: who did not take part, and why.
     """
 
@@ -68,10 +69,11 @@ class Row:
     flops: float
     limits: dict[str, float]
     results: list[Result]
+    others: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def disturbed(self) -> list[str]:
-        """Contenders whose quartiles are a third of their median apart: something else was running."""
+    def spread_out(self) -> list[str]:
+        """Contenders whose quartiles are a third of their median apart."""
         return [each.name for each in self.results if each.quartiles[1] - each.quartiles[0] > each.seconds / 3]
 
     def result(self, name: str) -> Result | None:
@@ -146,7 +148,10 @@ def _row(plan: Plan, work: Workload, banks: list[Bank], made: dict[str, Contende
     }
     for run in measured.values():  # the first calls generate code, grow pools, fault pages in
         run(0)
-    times, rates = alternate(measured, limits(banks, work.torch_dtype), plan.seconds)
+    rates_of = limits(banks, work.torch_dtype)
+    others = OtherProcesses(sum(contender.cpu_seconds() for contender in runners.values()))
+    times, rates = alternate(measured, rates_of, plan.seconds)
+    share = others.share(sum(contender.cpu_seconds() for contender in runners.values()))
     active, passes = active_experts(calls), work.passes()
     expert_bytes = work.shape.weights_of_expert() * work.torch_dtype.itemsize
     row = Row(
@@ -159,6 +164,7 @@ def _row(plan: Plan, work: Workload, banks: list[Bank], made: dict[str, Contende
         passes * work.shape.flops(work.rows()),
         rates,
         [],
+        share,
         refused,
     )
     first = next(iter(times.values()), None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,6 +79,35 @@ def _chunks(banks: list[Bank]) -> Iterator[Tensor]:
             step = min(flat.nbytes // 8 * 8, _READ_BYTES) // flat.element_size()
             for start in range(0, len(flat) - step + 1, step):
                 yield flat[start : start + step]
+
+
+class OtherProcesses:
+    """What else the machine does while we measure, where Linux tells it: a build beside a benchmark spoils all of it.
+
+    Args:
+        ours: CPU seconds that child processes of the benchmark have used so far.
+    """
+
+    def __init__(self, ours: float) -> None:
+        self.start = self._now(ours)
+
+    def share(self, ours: float) -> float | None:
+        """The share of all CPUs' time that was neither idle nor ours, since this was made."""
+        before, now = self.start, self._now(ours)
+        if before is None or now is None or now[1] <= before[1]:
+            return None
+        return max(0.0, (now[0] - before[0]) / (now[1] - before[1]))
+
+    @staticmethod
+    def _now(ours: float) -> tuple[float, float] | None:
+        """Seconds that others were busy, and seconds in all."""
+        try:
+            told = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, idle, waiting, *interrupts = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in told)
+        busy = user + nice + system + sum(interrupts)
+        return busy - time.process_time() - ours, busy + idle + waiting
 
 
 def machine() -> dict[str, object]:

@@ -18,6 +18,9 @@ HEADER = (
 )
 
 
+_MOST_OTHERS = 0.05
+
+
 def document(rows: Sequence[Row]) -> dict[str, Any]:
     """The machine and the rows, as JSON takes them."""
     return {"machine": machine(), "rows": [asdict(row) for row in rows]}
@@ -44,6 +47,16 @@ def title(row: Row) -> str:
     if row.backward:
         work += ", forward and backward"
     return f"{work}: {row.bytes / 1e6:.1f} MB of weights, {row.flops / 1e9:.3g} GFLOP; limits: {', '.join(limits)}"
+
+
+def notes(row: Row) -> list[str]:
+    """What a reader must know beside the table: who is missing, and whether the figures can be trusted."""
+    lines = [f"{name} does not take part: {reason}" for name, reason in row.skipped.items()]
+    if row.others is not None and row.others > _MOST_OTHERS:
+        lines.append(f"do not trust these figures: other processes used {row.others:.0%} of the machine")
+    if spread := row.spread_out():
+        lines.append(f"widely spread, so with care: {', '.join(spread)}")
+    return lines
 
 
 def cells(row: Row, result: Result) -> tuple[str, ...]:

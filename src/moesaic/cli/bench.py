@@ -36,14 +36,16 @@ def command(
     explain: Annotated[bool, typer.Option("--explain", help="The same as 'moesaic bench explain'.")] = False,
 ) -> None:
     """Measure expert layers side by side, alternating in one process, with the error of each beside its speed."""
-    from moesaic.bench.report import document
-    from moesaic.cli.output import print_json
     from moesaic.errors import UsageError, did_you_mean
 
     if explain or what == "explain":
-        raise UsageError("'moesaic bench explain' needs the tuner")
+        _explain(as_json)
+        return
     if what != "experts":
         raise UsageError(f"unknown benchmark {what!r}: {did_you_mean(what, ['experts', 'explain'])}")
+    from moesaic.bench.report import document
+    from moesaic.cli.output import print_json
+
     plan, absent = _plan(shape, tokens, dtype, routing, backends, against, seconds, backward)
     for name, reason in absent.items():
         print(f"{name} does not take part: {reason}", file=sys.stderr)
@@ -90,7 +92,7 @@ def _split(text: str) -> list[str]:
 def _measure(plan: Plan, out: Path | None, quiet: bool) -> list[Row]:
     """Print each row when it is measured, and write what there is after each, so that an interruption loses nothing."""
     from moesaic.bench import measure
-    from moesaic.bench.report import HEADER, cells, document, title, write
+    from moesaic.bench.report import HEADER, cells, document, notes, title, write
     from moesaic.bench.roofline import write_roofline
     from moesaic.cli.output import print_table
 
@@ -99,11 +101,33 @@ def _measure(plan: Plan, out: Path | None, quiet: bool) -> list[Row]:
         rows.append(row)
         if not quiet:
             print_table(title(row), HEADER, [cells(row, result) for result in row.results])
-            for name, reason in row.skipped.items():
-                print(f"{name} does not take part: {reason}", file=sys.stderr)
-            if row.disturbed():
-                print(f"disturbed, do not trust: {', '.join(row.disturbed())}", file=sys.stderr)
+        for line in notes(row):
+            print(line, file=sys.stderr)
         if out is not None:
             write(document(rows), out / "experts.json")
             write_roofline(rows, out / "roofline.png")
     return rows
+
+
+def _explain(as_json: bool) -> None:
+    """Every kind of call that the tuner knows on this machine, with what it would choose now and why."""
+    from moesaic import autotune
+    from moesaic.cli.output import print_json, print_table
+
+    choices, told = autotune.explain(), autotune.statistics()
+    if as_json:
+        print_json(
+            {
+                "choices": [{**vars(choice), "text": str(choice.signature)} for choice in choices],
+                "file": told.file,
+                "problem": told.problem,
+            }
+        )
+        return
+    rows = [
+        (str(choice.signature), choice.backend, choice.why, ", ".join(map(str, choice.estimates))) for choice in choices
+    ]
+    print_table("What 'auto' chooses", ["calls", "backend", "why", "expected for a typical call"], rows)
+    print(f"{len(choices)} kinds of calls are known; timings are kept in {told.file}")
+    if told.problem:
+        print(told.problem, file=sys.stderr)
