@@ -29,7 +29,9 @@ MADE = (LIBRARY, REASON)  # one of the two
 # -fno-math-errno only drops what no kernel reads; nothing here changes what arithmetic gives.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 OPENMP = "-fopenmp"
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+# GCC takes what is undefined on purpose in its own AVX-512 intrinsics for a mistake.
+QUIET = ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
+AVX512 = [*QUIET, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 # The sources that only x86-64 has, each compiled for its own instruction set: which one runs is decided at run time.
 VARIANTS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -134,11 +136,13 @@ class BuildNative(build_ext):
         except (BuildError, OSError) as error:
             (folder / REASON).write_text(f"the native kernels were not built: {error}\n")
             warn(f"the native kernels were not built, so experts on a CPU will be slower: {error}")
-        if self.inplace:  # an editable install has them in the source tree
+        if self.inplace:  # an editable install has it in the source tree
             for name in MADE:
-                (SOURCES / name).unlink(missing_ok=True)  # a process that has the earlier one loaded keeps its file
-            for made in self.get_outputs():
-                shutil.copy(made, SOURCES)
+                if (folder / name).exists():
+                    # In one step: a process that has the earlier library loaded keeps that file.
+                    os.replace(shutil.copy(folder / name, SOURCES / f"{name}.new"), SOURCES / name)
+                else:
+                    (SOURCES / name).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for name in MADE if (path := Path(self.build_lib, PACKAGE, name)).exists()]
