@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "eval": "Measure a model's perplexity on text.",
     "inspect": "Write a report of how a model routes text to its experts.",
     "export": "Write a model as a plain Qwen3-MoE checkpoint.",
+    "quantize": "Write a model with its experts in 8 or 4 bits.",
     "bench": "Measure expert layers side by side, correctness beside speed.",
     "doctor": "Say what this machine can do: versions, CPU, backends, speed.",
 }

@@ -20,7 +20,7 @@ DEFAULT_GROUP = 64
 # Inputs of one block of packed codes: four per 16-bit word, 32 words.
 _BLOCK = 128
 # Values that are worked on at a time: all that one pass reads and writes stays in the cache between two passes.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 19
 
 
 @dataclass(frozen=True)

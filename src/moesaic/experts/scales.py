@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The extreme value of a group may be given these codes. 7 is the plain choice; -8 uses the code that has no positive
-# counterpart, with a negative scale where the extreme is positive; beyond 7 and -8 the extreme is clipped and all the
-# others get finer steps.
-_EXTREMES = (7.0, -8.0, 7.6, -8.6, 8.2, -9.2, -7.4, 6.6)
+# The code that the extreme value of a group plainly gets, and others that are tried: -8 has no positive counterpart and
+# is reached by a negative scale where the extreme is positive; beyond it the extreme is clipped and all the others get
+# finer steps. On normal and Student-t weights these few come within 1.5 % of the error that 180 of them reach.
+_PLAIN = 7.0
+_OTHERS = (-7.7, -8.1, -8.6, -9.2, -10.0)
 
 
 def int4_scales(w_OGg: Tensor, importance_Gg: Tensor | None) -> Tensor:
@@ -23,8 +24,10 @@ def int4_scales(w_OGg: Tensor, importance_Gg: Tensor | None) -> Tensor:
         w_OGg: ``[O, G, g]`` float32. importance_Gg: ``[G, g]`` float32, not negative, or None.
     """
     extreme_OG = w_OGg.gather(2, w_OGg.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-    best, least, scratch = torch.zeros_like(extreme_OG), torch.full_like(extreme_OG, torch.inf), torch.empty_like(w_OGg)
-    for code in _EXTREMES:
+    scratch = torch.empty_like(w_OGg)
+    best = _stored(extreme_OG / _PLAIN)
+    least = _error(w_OGg, best, importance_Gg, scratch)
+    for code in _OTHERS:
         scale = _stored(extreme_OG / code)
         error = _error(w_OGg, scale, importance_Gg, scratch)
         better = error < least

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesaic.errors import CheckpointError, UnsupportedError, UsageError
+from moesaic.errors import UnsupportedError
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.load import load_model
 from moesaic.hf.modeling import MoesaicForCausalLM
+from moesaic.hf.save import check_new, save_folder
 
 # Our parameter names, and Qwen3-MoE's for the same tensors.
 _RENAMED = {
@@ -30,9 +29,12 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     and are left out, for they change nothing that the model computes.
 
     Raises:
-        UnsupportedError: where a setting has no counterpart there; the message names every such setting.
+        UnsupportedError: where the experts are quantized, or a setting has no counterpart there; the message names
+            every such setting.
     """
     config: Any = model.config
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedError("Qwen3-MoE has no quantized experts: call model.dequantize() first")
     if reasons := obstacles(config):
         raise UnsupportedError(f"this model cannot be written as Qwen3-MoE: {'; '.join(reasons)}")
     # Not only what Qwen3MoeConfig declares: it reads some settings, such as head_dim, where they are there.
@@ -89,29 +91,20 @@ def _renamed(name: str) -> str:
 def export_folder(path: str | Path, out: str | Path) -> Path:
     """Load our model or run at ``path``, and write it with its tokenizer as a Qwen3-MoE folder at ``out``.
 
-    The folder appears when it is complete, or not at all.
+    The folder appears when it is complete, or not at all. Quantized experts are written as floats, with the values that
+    their codes stand for.
 
     Raises:
         CheckpointError: where ``path`` cannot be read, or ``out`` exists already.
         UnsupportedError: where the model is not ours, or a setting has no counterpart.
         UsageError: where the folder cannot be written.
     """
-    out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{str(out)!r} exists already: give a folder that does not")
+    check_new(out)
     model, tokenizer = load_model(path, device="cpu")
     if not isinstance(model, MoesaicForCausalLM):
         raise UnsupportedError(
             f"{str(path)!r} holds a {type(model).__name__}; only a MoesaicForCausalLM can be exported"
         )
-    exported = export_qwen3_moe(model)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            folder = Path(scratch) / out.name
-            exported.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            folder.rename(out)
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
-        raise UsageError(f"{str(out)!r} cannot be written: {error}") from error
-    return out
+    if getattr(model, "is_quantized", False):
+        model.dequantize()  # type: ignore[no-untyped-call]
+    return save_folder(export_qwen3_moe(model), tokenizer, out)

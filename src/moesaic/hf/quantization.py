@@ -208,7 +208,9 @@ def _check_loaded(name: str, store: ExpertStorage, pre_quantized: bool) -> None:
         tensor = getattr(store, buffer, None)
         # transformers marks what it has loaded; what it has not found holds anything.
         if tensor is None or (pre_quantized and not tensor.is_meta and not hasattr(tensor, "_is_hf_initialized")):
-            raise CheckpointError(f"the weights do not match their configuration: missing keys: {name}.{buffer}")
+            raise CheckpointError(
+                f"the weights do not match their configuration: {name}.{buffer} is missing or has another shape"
+            )
         if tensor.dtype.is_floating_point and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name}.{buffer} holds scales that are not finite: the checkpoint is damaged")
 

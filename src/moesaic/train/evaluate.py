@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.data import TokenData, prepare, validation_windows
 from moesaic.data.documents import Skipped
@@ -146,6 +146,7 @@ def evaluate_folder(
     max_tokens: int | None = None,
     batch_size: int = 8,
     precision: str = "fp32",
+    model: PreTrainedModel | None = None,
 ) -> Evaluation:
     """Measure a model on disk: ours, or any causal language model of transformers.
 
@@ -155,6 +156,7 @@ def evaluate_folder(
         split: ``"validation"`` (what training holds out) or ``"all"``; by default the former, but all of sources that
             were given and are not ``stdlib``.
         sequence_length: by default the run's own, else 1024 or what the model or the shortest domain allows.
+        model: measured in the place of the folder's own, on the same text with the same tokenizer.
 
     Raises:
         CheckpointError: where there is no usable model.
@@ -163,7 +165,8 @@ def evaluate_folder(
     """
     if split not in (None, "validation", "all"):
         raise ConfigError(f"split is {split!r}: it must be one of validation, all")
-    model, tokenizer = load_model(path)
+    loaded, tokenizer = load_model(path)
+    model = model or loaded
     run, fingerprint = _run_of(Path(path))
     chosen = list(sources or (run.data.sources if run else [STDLIB]))
     split = split or ("all" if sources and chosen != [STDLIB] else "validation")
