@@ -68,15 +68,20 @@ class Clock:
 
 def test_disturbed_repetitions_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, durations = Clock(monkeypatch), iter([9.0, *[1.0, 1.0, 5.0, 5.0] * 3])
-    assert hardware._typical_time(lambda: clock.take(next(durations)), "cpu", seconds=36.0) == 1.0
+    assert hardware.typical_time(lambda: clock.take(next(durations)), "cpu", seconds=36.0) == 1.0
 
 
 def test_rates_count_bytes_and_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "_typical_time", lambda work, device, seconds: work() is not None and 0.01)
+    monkeypatch.setattr(hardware, "typical_time", lambda work, device, seconds: work() is not None and 0.01)
     assert hardware.read_bandwidth(num_bytes=1 << 20) == (1 << 20) / 0.01
     # 16 times this product would take longer than asked for, so its size does not grow.
     assert hardware.matmul_rate(torch.float32, seconds=0.1) == 2 * 256**3 / 0.01
     assert hardware.matmul_rate(torch.float32, seconds=0.2) == 2 * 2048**3 / 0.01
+
+
+def test_another_way_of_reading_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype, device: 2.0)
+    assert hardware.measure("cpu", lambda: 3.0) == hardware.Speed("cpu", 3.0, {"float32": 2.0, "bfloat16": 2.0})
 
 
 def test_a_real_measurement_is_positive() -> None:

@@ -68,7 +68,7 @@ class Speed:
 
     Attributes:
         device: as PyTorch names it.
-        read_bytes_per_second: see :func:`read_bandwidth`.
+        read_bytes_per_second: see :func:`read_bandwidth`; of a CPU by the native kernels, where they are there.
         matmul_flop_per_second: for each dtype, see :func:`matmul_rate`.
     """
 
@@ -115,10 +115,14 @@ def devices() -> list[Device]:
     return found
 
 
-def measure(device: str) -> Speed:
-    """Measure one device; takes about two seconds, and wants the machine otherwise idle."""
+def measure(device: str, read: Callable[[], float] | None = None) -> Speed:
+    """Measure one device; takes about two seconds, and wants the machine otherwise idle.
+
+    Args:
+        read: measures bytes per second of reading memory, where there is something faster than :func:`read_bandwidth`.
+    """
     rates = {str(dtype).removeprefix("torch."): matmul_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    return Speed(device, read_bandwidth(device), rates)
+    return Speed(device, read() if read else read_bandwidth(device), rates)
 
 
 def read_bandwidth(device: str = "cpu", num_bytes: int = 1 << 29, seconds: float = 0.5) -> float:
@@ -134,7 +138,7 @@ def read_bandwidth(device: str = "cpu", num_bytes: int = 1 << 29, seconds: float
         seconds: how long to repeat.
     """
     values_N = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
-    return values_N.nbytes / _typical_time(lambda: values_N.sum(), device, seconds)
+    return values_N.nbytes / typical_time(lambda: values_N.sum(), device, seconds)
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.5) -> float:
@@ -146,9 +150,9 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.5) -
     size, largest = 256, 2048 if device == "cpu" else 8192
     while True:
         product = _product(size, dtype, device)
-        once = _typical_time(product, device, 0)
+        once = typical_time(product, device, 0)
         if size == largest or once * 8 * 2 > seconds:
-            return 2 * size**3 / _typical_time(product, device, seconds)
+            return 2 * size**3 / typical_time(product, device, seconds)
         size *= 2
 
 
@@ -158,7 +162,7 @@ def _product(size: int, dtype: torch.dtype, device: str) -> Callable[[], Tensor]
     return lambda: a_NN @ b_NN
 
 
-def _typical_time(work: Callable[[], object], device: str, seconds: float) -> float:
+def typical_time(work: Callable[[], object], device: str, seconds: float) -> float:
     """The time that the fastest quarter of the repetitions stays within, over ``seconds`` and at least two of them.
 
     What disturbs a measurement makes it slower, so the median says too little; the very best may be a clock's hiccup.

@@ -6,14 +6,21 @@ import pytest
 
 from moesaic import experts, hardware
 from moesaic.cli.main import run
+from moesaic.experts.native import library, limits
+from moesaic.experts.native.limits import Native
 from moesaic.hardware import Speed
 
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds and backends with known values: the measuring itself is tested with the hardware."""
-    monkeypatch.setattr(hardware, "measure", lambda device: Speed(device, 41e9, {"float32": 1e11, "bfloat16": 4.53e11}))
+    rates = {"float32": 1e11, "bfloat16": 4.53e11}
+    monkeypatch.setattr(hardware, "measure", lambda device, read: Speed(device, read() if read else 9e9, rates))
     monkeypatch.setattr(experts, "status", lambda: {"loop": None, "triton": "there is no [CUDA] device"})
+    monkeypatch.setattr(library, "missing", lambda: None)
+    monkeypatch.setattr(limits, "read_bandwidth", lambda: 41e9)
+    native = Native("avx2", ["avx512", "avx2"], True, {"float32": 2.27e11})
+    monkeypatch.setattr(limits, "measure", lambda: native)
 
 
 def test_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +28,17 @@ def test_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for told in ["torch", "PyTorch kernels", "41.0 GB/s", "453 GFLOP/s", "not here: there is no [CUDA] device"]:
         assert told in printed
+    for told in ["avx2 (this CPU also runs avx512)", "PyTorch's, by OpenMP", "227 GFLOP/s"]:
+        assert told in printed
+
+
+def test_doctor_without_native_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "missing", lambda: "there is no compiler")
+    assert run(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "9.0 GB/s" in printed and "Native kernels" not in printed
+    assert run(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["native"] is None
 
 
 def test_doctor_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +51,12 @@ def test_doctor_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
         "device": "cpu",
         "read_bytes_per_second": 41e9,
         "matmul_flop_per_second": {"float32": 1e11, "bfloat16": 4.53e11},
+    }
+    assert told["native"] == {
+        "isa": "avx2",
+        "isas": ["avx512", "avx2"],
+        "openmp": True,
+        "multiply_add_flop_per_second": {"float32": 2.27e11},
     }
     assert told["backends"] == {
         "loop": {"available": True, "reason": None},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from moesaic.experts.native.limits import Native
     from moesaic.hardware import Cpu, Device, Speed
 
 
@@ -17,9 +18,14 @@ def command(
     from moesaic import hardware
     from moesaic.cli.output import print_json, print_table
     from moesaic.experts import status
+    from moesaic.experts.native import library, limits
 
     versions, cpu, devices, backends = hardware.versions(), hardware.cpu(), hardware.devices(), status()
-    speeds = [hardware.measure(device.device) for device in devices]
+    native = limits.measure() if library.missing() is None else None
+    speeds = [
+        hardware.measure(each.device, limits.read_bandwidth if native and each.device == "cpu" else None)
+        for each in devices
+    ]
     if as_json:
         print_json(
             {
@@ -27,6 +33,7 @@ def command(
                 "cpu": cpu,
                 "devices": devices,
                 "measured": speeds,
+                "native": native,
                 "backends": {name: {"available": not why, "reason": why} for name, why in backends.items()},
             }
         )
@@ -35,6 +42,8 @@ def command(
     print_table("CPU", [], _cpu_rows(cpu))
     for device, speed in zip(devices, speeds, strict=True):
         print_table(f"{device.device}: {device.name}", [], _device_rows(device, speed))
+    if native:
+        print_table("Native kernels", [], _native_rows(native))
     rows = [(name, f"not here: {why}" if why else "available") for name, why in backends.items()]
     print_table("Expert backends", [], rows)
 
@@ -49,9 +58,21 @@ def _cpu_rows(cpu: Cpu) -> list[tuple[str, str]]:
 
 
 def _device_rows(device: Device, speed: Speed) -> list[tuple[str, str]]:
-    rates = [(f"matmul {dtype}", f"{rate / 1e9:,.0f} GFLOP/s") for dtype, rate in speed.matmul_flop_per_second.items()]
     return [
         ("memory", f"{device.memory / 2**30:.1f} GiB"),
         ("streaming read", f"{speed.read_bytes_per_second / 1e9:.1f} GB/s"),
-        *rates,
+        *_rate_rows("matmul", speed.matmul_flop_per_second),
     ]
+
+
+def _native_rows(native: Native) -> list[tuple[str, str]]:
+    others = [isa for isa in native.isas if isa != native.isa]
+    return [
+        ("instruction set", f"{native.isa} (this CPU also runs {', '.join(others) or 'no other'})"),
+        ("threads", "PyTorch's, by OpenMP" if native.openmp else "one: built without OpenMP"),
+        *_rate_rows("multiply-adds", native.multiply_add_flop_per_second),
+    ]
+
+
+def _rate_rows(name: str, flop_per_second: dict[str, float]) -> list[tuple[str, str]]:
+    return [(f"{name} {dtype}", f"{rate / 1e9:,.0f} GFLOP/s") for dtype, rate in flop_per_second.items()]
