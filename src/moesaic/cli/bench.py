@@ -21,7 +21,10 @@ def command(
         str, typer.Option(help="'balanced', 'hot' (one expert gets every token), or both.")
     ] = "balanced",
     backends: Annotated[
-        str | None, typer.Option(help="Ours, the one that is compared first. Default: all that run here.")
+        str | None,
+        typer.Option(
+            help="Ours, +int8 or +int4 for quantized weights; times are over the first. Default: all that run here."
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -46,6 +49,8 @@ def command(
     from moesaic.bench.report import document
     from moesaic.cli.output import print_json
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: that is a file; name a folder")
     plan, absent = _plan(shape, tokens, dtype, routing, backends, against, seconds, backward)
     for name, reason in absent.items():
         print(f"{name} does not take part: {reason}", file=sys.stderr)
@@ -68,6 +73,15 @@ def _plan(
     from moesaic.bench.field import others, our_backends
     from moesaic.errors import UsageError
 
+    for name, text in (
+        ("shape", shape),
+        ("tokens", tokens),
+        ("dtype", dtype),
+        ("routing", routing),
+        ("backends", backends),
+    ):
+        if text is not None and not _split(text):
+            raise UsageError(f"--{name} is empty: name at least one, several with commas")
     counts = _split(tokens)
     if wrong := [count for count in counts if not count.isdigit()]:
         raise UsageError(f"--tokens {tokens}: {wrong[0]!r} is not a number of tokens, such as 1 or 1,16,512")
@@ -112,6 +126,7 @@ def _measure(plan: Plan, out: Path | None, quiet: bool) -> list[Row]:
 def _explain(as_json: bool) -> None:
     """Every kind of call that the tuner knows on this machine, with what it would choose now and why."""
     from moesaic import autotune
+    from moesaic.bench.report import milliseconds
     from moesaic.cli.output import print_json, print_table
 
     choices, told = autotune.explain(), autotune.statistics()
@@ -125,9 +140,14 @@ def _explain(as_json: bool) -> None:
         )
         return
     rows = [
-        (str(choice.signature), choice.backend, choice.why, ", ".join(map(str, choice.estimates))) for choice in choices
+        (
+            str(choice.signature),
+            f"{choice.backend} ({choice.why})",
+            ", ".join(f"{each.backend} {milliseconds(each.seconds)} ms ({each.source})" for each in choice.estimates),
+        )
+        for choice in choices
     ]
-    print_table("What 'auto' chooses", ["calls", "backend", "why", "expected for a typical call"], rows)
-    print(f"{len(choices)} kinds of calls are known; timings are kept in {told.file}")
+    print_table("What 'auto' chooses", ["calls", "backend (by)", "expected for a typical call"], rows)
+    print(f"kinds of calls known: {len(choices)}" + (f"; timings are kept in {told.file}" if told.file else ""))
     if told.problem:
         print(told.problem, file=sys.stderr)
