@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
@@ -41,7 +42,7 @@ def importance_of(
     model.eval()
     try:
         for number, ids in enumerate(batches):
-            if isinstance(model, ExpertBank) or ids.ndim != 2 or ids.dtype.is_floating_point:
+            if not isinstance(model, PreTrainedModel) or ids.ndim != 2 or ids.dtype.is_floating_point:
                 raise ConfigError(
                     f"calibration is for a language model and takes token ids [B, S]: batch {number} is "
                     f"{ids.dtype} of shape {list(ids.shape)}, for {type(model).__name__}"

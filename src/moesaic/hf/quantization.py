@@ -163,7 +163,8 @@ class MoesaicQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """What transformers' Trainer asks before it trains adapters: gradients flow through the experts."""
+        return True
 
 
 class _QuantizeOnLoad(ConversionOps):
