@@ -3,7 +3,8 @@
 Called by the Makefile; returns at once when nothing changed. What decides is a stamp inside ``.venv``:
 
 * another Python, another ``TORCH=``, a moved folder or a broken environment: ``.venv`` is made anew;
-* another ``pyproject.toml`` or ``constraints.txt``, or one more extra: it is brought up to date in place.
+* another ``pyproject.toml`` or ``constraints.txt``, one more extra, another C++ source, or a compiler where there was
+  none: it is brought up to date in place.
 
 The environment variable ``TORCH`` says which PyTorch is used, and is remembered:
 
@@ -36,6 +37,8 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "setup.json"
 PROJECT = ROOT / "pyproject.toml"
 PINS = ROOT / "constraints.txt"
+BUILD = ROOT / "setup.py"
+NATIVE = ROOT / "src" / "moesaic" / "experts" / "native"
 
 
 class SetupError(Exception):
@@ -98,8 +101,11 @@ def identity(stamp: dict[str, object]) -> dict[str, object]:
 
 
 def inputs() -> str:
-    """A fingerprint of the files that say what is installed."""
-    return hashlib.sha256(PROJECT.read_bytes() + PINS.read_bytes()).hexdigest()
+    """A fingerprint of the files that say what is installed, and of what is compiled."""
+    sources = sorted(path for path in NATIVE.glob("*") if path.suffix in (".cpp", ".hpp", ".h"))
+    told = b"".join(path.name.encode() + path.read_bytes() for path in (PROJECT, PINS, BUILD, *sources))
+    compiler = any(map(shutil.which, ("g++", "c++", "clang++")))
+    return hashlib.sha256(told + bytes([compiler])).hexdigest()
 
 
 def is_current(stamp: dict[str, object], extras: list[str]) -> bool:
@@ -141,6 +147,8 @@ def build(extras: list[str], anew: bool) -> None:
     check_torch(torch, f"TORCH={choice}")
     # A wheel is named by its exact version, so that nothing below ever replaces the torch that was chosen.
     dropped = {"torch", *borrowed_packages()}
+    if not same_version(torch):
+        dropped.add("triton")  # each torch for CUDA brings the one version that it was made with
     kept = [line for line in PINS.read_text().splitlines() if name_of(line) not in dropped]
     print(f"setup: installing moesaic with its extras {', '.join(extras)} (torch {torch})", flush=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:

@@ -74,17 +74,39 @@ def test_versions_compare_as_numbers(script: ModuleType, found: str, bound: str,
     assert script.is_older(found, bound) is older
 
 
+def test_what_is_compiled_is_part_of_the_fingerprint(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "NATIVE", tmp_path)
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/bin/{name}")
+    found = [script.inputs()]
+    for name, text in (("a.cpp", "1"), ("a.cpp", "2"), ("a.hpp", "2"), ("a.h", "")):
+        (tmp_path / name).write_text(text)
+        found.append(script.inputs())
+    (tmp_path / "a.h").rename(tmp_path / "b.h")
+    found.append(script.inputs())
+    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    found.append(script.inputs())
+    assert len(set(found)) == len(found)
+    (tmp_path / "a.py").touch()
+    (tmp_path / "liba.so").touch()
+    assert script.inputs() == found[-1]
+
+
 class Checkout:
     """A copy of what ``make setup`` reads, set up with the torch of the running Python, without network."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ["pyproject.toml", "constraints.txt", "LICENSE", SCRIPT]:
+        for name in ["pyproject.toml", "constraints.txt", "LICENSE", "setup.py", "MANIFEST.in", SCRIPT]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         (folder / "README.md").touch()
         (folder / "src" / "moesaic").mkdir(parents=True)
         (folder / "src" / "moesaic" / "__init__.py").touch()
+        self.native = folder / "src" / "moesaic" / "experts" / "native"
+        self.native.mkdir(parents=True)
+        (self.native / "library.cpp").write_text('extern "C" int moesaic_abi() { return 1; }\n')
 
     def setup(self, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, **variables}
@@ -113,6 +135,8 @@ def test_setup_from_nothing_to_moved(tmp_path: Path) -> None:
     again = checkout.setup()  # the choice of torch is remembered
     assert (again.returncode, again.stdout) == (0, "")
 
+    built = [path.name for path in checkout.native.iterdir() if path.suffix in (".so", ".dylib", ".txt")]
+    assert len(built) == 1
     with (checkout.folder / "constraints.txt").open("a") as pins:
         pins.write("# another pin\n")
     before = checkout.stamp()
@@ -120,6 +144,11 @@ def test_setup_from_nothing_to_moved(tmp_path: Path) -> None:
     assert updated.returncode == 0, updated.stderr
     assert "making .venv" not in updated.stdout
     assert checkout.stamp()["inputs"] != before["inputs"]
+
+    (checkout.native / "library.cpp").write_text("this is no C++\n")
+    broken = checkout.setup()
+    assert broken.returncode == 0, broken.stderr
+    assert [path.name for path in checkout.native.iterdir() if path.name != "library.cpp"] == ["not_built.txt"]
 
     checkout.folder = checkout.folder.rename(tmp_path / "second")
     moved = checkout.setup(TORCH="system")
