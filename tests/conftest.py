@@ -13,6 +13,8 @@ import pytest
 # Before transformers is first imported, which reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# "auto" takes the same backend in every run; the tests of the tuner have tuners of their own.
+os.environ["MOESAIC_TUNE"] = "off"
 
 import torch
 from hypothesis import settings

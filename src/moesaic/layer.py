@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic import autotune  # noqa: F401  (makes "auto" tuned)
 from moesaic.config import MoEConfig
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
-from moesaic.experts import ExpertBank, SharedExperts
+from moesaic.experts import Choice, ExpertBank, SharedExperts
 from moesaic.routing import BALANCERS, Routing, acts_after_step, balance_loss, create_router, limit_capacity
 
 
@@ -23,8 +24,9 @@ class MoE(nn.Module):
 
     After a forward, ``last_routing`` is its :class:`Routing` (for reading: cut off from the autograd graph, which it
     would keep in memory; a loss of one's own is a balancer) and ``aux_loss`` a float32 scalar to be added to the
-    training loss (0 where the configuration names no balancing loss). After an optimizer step call
-    :meth:`after_step`, or :func:`update_balancing` for a whole model: balancers without a loss act there.
+    training loss (0 where the configuration names no balancing loss); ``last_choice`` says which backend computed it,
+    and why. After an optimizer step call :meth:`after_step`, or :func:`update_balancing` for a whole model: balancers
+    without a loss act there.
     """
 
     last_routing: Routing | None
@@ -84,6 +86,11 @@ class MoE(nn.Module):
         self.last_routing = routing.detach()
         y: Tensor = y_TD.view(x.shape)
         return y
+
+    @property
+    def last_choice(self) -> Choice | None:
+        """Which backend computed the last forward, and why; None before the first one."""
+        return self.experts.last_choice
 
     def after_step(self) -> None:
         """Let the balancers that work without a loss act, once after each optimizer step."""

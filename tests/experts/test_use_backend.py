@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import moesaic
 from moesaic import Dispatch, ExpertBank, Routing
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts import BACKENDS, Backend, ExpertWeights, available, compute, current_backend, status, use_backend
+from moesaic.experts.backend import tune_with
 
 
 def work(num_experts: int = 2, width: int = 4) -> tuple[Tensor, Dispatch, ExpertWeights]:
@@ -104,7 +106,16 @@ def test_a_new_backend_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> N
     assert (compute(*work()) == 7).all()
 
 
+@pytest.fixture
+def untuned() -> Iterator[None]:
+    before = tune_with(None)
+    yield
+    tune_with(before)
+
+
+@pytest.mark.usefixtures("untuned")
 def test_auto_takes_the_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS._parts, "native", Picky(refusal="not here"))
     monkeypatch.setitem(BACKENDS._parts, "grouped", Picky())
     assert (compute(*work()) == 7).all()
     monkeypatch.setitem(BACKENDS._parts, "grouped", Picky(refusal="not now"))

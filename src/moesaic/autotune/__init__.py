@@ -5,5 +5,22 @@ Importing this makes ``"auto"`` tuned; the layer and the transformers floor impo
 
 from __future__ import annotations
 
-__all__: list[str] = []
-# explain() -> list[Choice]; statistics() -> Statistics; learn(weights, tokens, top_k, *, grad=False) -> list[Choice]
+from moesaic.autotune.process import explain, install, record, replay, statistics
+from moesaic.autotune.setting import use_tuning
+from moesaic.autotune.signature import Family, Signature
+from moesaic.autotune.trial import learn
+from moesaic.autotune.tuner import Statistics
+
+install()
+
+__all__ = [
+    "Family",
+    "Signature",
+    "Statistics",
+    "explain",
+    "learn",
+    "record",
+    "replay",
+    "statistics",
+    "use_tuning",
+]

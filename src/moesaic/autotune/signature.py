@@ -81,6 +81,10 @@ class Signature:
         """How many buckets lie between two signatures of one family."""
         return abs(self.rows - other.rows) + 2 * abs(self.spread - other.spread) + 2 * (self.hot != other.hot)
 
+    def order(self) -> tuple[str, int, int, bool]:
+        """A key to sort by: the family, then the size of the call."""
+        return str(self.family), self.rows, self.spread, self.hot
+
     def typical_rows(self) -> int:
         """A number of rows inside the bucket."""
         return max(lowest_rows(self.rows), (lowest_rows(self.rows) + lowest_rows(self.rows + 1)) // 2)
@@ -127,8 +131,10 @@ def wants_grad(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> bool
     """
     if x_TD.requires_grad or not torch.is_grad_enabled():
         return x_TD.requires_grad
-    tensors = (weights.up, weights.down, dispatch.weights, weights.up_bias, weights.down_bias)
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if weights.up.requires_grad or weights.down.requires_grad or dispatch.weights.requires_grad:
+        return True
+    biases = (weights.up_bias, weights.down_bias)
+    return biases != (None, None) and any(bias is not None and bias.requires_grad for bias in biases)
 
 
 def family_of(x_TD: Tensor, weights: ExpertWeights, grad: bool) -> Family:

@@ -17,18 +17,20 @@ _NEARBY = 8
 class Samples:
     """The latest timings of one backend for one signature, each divided by what the cost model expects of that call.
 
-    The division takes out how the calls of one bucket differ in size. ``fresh`` counts those that no file holds yet.
+    The division takes out how the calls of one bucket differ in size. ``noted`` counts all timings of this process,
+    ``fresh`` those that no file holds yet.
     """
 
-    __slots__ = ("fresh", "ratios")
+    __slots__ = ("fresh", "noted", "ratios")
 
     def __init__(self) -> None:
         self.ratios: deque[float] = deque(maxlen=KEPT)
-        self.fresh = 0
+        self.noted = self.fresh = 0
 
     def note(self, ratio: float) -> None:
         """Add one timing."""
         self.ratios.append(ratio)
+        self.noted += 1
         self.fresh += 1
 
     def remember(self, ratio: float, count: int) -> None:
@@ -40,13 +42,18 @@ class Samples:
         return len(self.ratios) >= ENOUGH
 
     def typical(self, latest: int = KEPT) -> float:
-        """What the fastest quarter stays within: what disturbs a timing (another process, a first call) makes it slower.
+        """What the fastest quarter stays within: whatever disturbs a timing makes it slower.
 
         Args:
             latest: of how many of the latest timings.
         """
         ratios = sorted(list(self.ratios)[-latest:])
         return ratios[len(ratios) // 4]
+
+    def disturbance(self) -> float:
+        """How many times the typical timing the average one is."""
+        ratios = list(self.ratios)
+        return sum(ratios) / len(ratios) / self.typical() if ratios else 1.0
 
 
 class Timings:

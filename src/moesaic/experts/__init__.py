@@ -6,18 +6,20 @@ one file here that registers itself; the import below is its one registration.
 
 from __future__ import annotations
 
-from moesaic.experts import grouped, loop  # noqa: F401  (each registers its backend)
+from moesaic.experts import grouped, loop, native, triton  # noqa: F401  (each registers its backend)
 from moesaic.experts.activations import ACTIVATIONS, Activation
 from moesaic.experts.backend import (
     BACKENDS,
     Backend,
     available,
     compute,
+    compute_and_tell,
     current_backend,
     status,
     use_backend,
 )
 from moesaic.experts.bank import ExpertBank
+from moesaic.experts.choice import Choice, Estimate
 from moesaic.experts.quantized import QuantFormat, QuantizedMatrix
 from moesaic.experts.shared import SharedExperts
 from moesaic.experts.weights import ExpertWeights
@@ -27,6 +29,8 @@ __all__ = [
     "BACKENDS",
     "Activation",
     "Backend",
+    "Choice",
+    "Estimate",
     "ExpertBank",
     "ExpertWeights",
     "QuantFormat",
@@ -34,6 +38,7 @@ __all__ = [
     "SharedExperts",
     "available",
     "compute",
+    "compute_and_tell",
     "current_backend",
     "status",
     "use_backend",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -10,17 +11,20 @@ from torch import Tensor
 
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
+from moesaic.experts.choice import Choice
 from moesaic.experts.weights import ExpertWeights
 from moesaic.registry import Registry
 
 BACKENDS: Registry[Backend] = Registry("backend")
 AUTO = "auto"
+Tuned = Callable[[Tensor, Dispatch, ExpertWeights], tuple[Tensor, Choice]]
 
 
 class Backend(ABC):
     """One way to compute the experts; all give the same numbers.
 
-    ``preference`` orders what ``"auto"`` tries, the highest first; the reference, which computes everything, has 0.
+    ``preference`` orders what ``"auto"`` tries where no timings can be had, the highest first; the reference, which
+    computes everything, has 0.
     """
 
     preference: int
@@ -42,6 +46,16 @@ class _Choice:
     """The process-wide choice. Not a context variable: a recomputed forward runs in autograd's own threads."""
 
     name: str = AUTO
+    tuned: Tuned | None = None
+
+
+def tune_with(tuned: Tuned | None) -> Tuned | None:
+    """Let ``tuned`` compute the calls of ``"auto"`` that are not being compiled; returns what did so before.
+
+    With None, or while compiling, the backends' preference decides.
+    """
+    before, _Choice.tuned = _Choice.tuned, tuned
+    return before
 
 
 def current_backend() -> str:
@@ -106,24 +120,45 @@ def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         ConfigError: where shapes or dtypes do not go together.
         UnsupportedError: where the backend that was asked for by name cannot run this call.
     """
+    return compute_and_tell(x_TD, dispatch, weights)[0]
+
+
+def compute_and_tell(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> tuple[Tensor, Choice]:
+    """:func:`compute`, and which backend did it."""
     device = x_TD.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device)
         x_TD, weights = x_TD.to(dtype), weights.to(dtype)
     _check(x_TD, dispatch, weights)
-    return _pick(x_TD, weights).run(x_TD, dispatch, weights)
+    name = _Choice.name
+    if name != AUTO:
+        return _fixed(name, x_TD, weights).run(x_TD, dispatch, weights), Choice(name, "fixed")
+    # What is traced, or has no values, has no time either; and what a compiled program does must not change later.
+    if not torch.compiler.is_compiling() and device != "meta" and _Choice.tuned is not None:
+        return _Choice.tuned(x_TD, dispatch, weights)
+    name = preferred(x_TD, weights)
+    return BACKENDS.get(name).run(x_TD, dispatch, weights), Choice(name, "rule")
 
 
-def _pick(x_TD: Tensor, weights: ExpertWeights) -> Backend:
-    if _Choice.name == AUTO:
-        backends = [BACKENDS.get(name) for name in BACKENDS.names()]
-        for backend in sorted(backends, key=lambda backend: -backend.preference):
-            if backend.refusal(x_TD, weights) is None:
-                return backend
-    backend = BACKENDS.get(_Choice.name)
+def preferred(x_TD: Tensor, weights: ExpertWeights) -> str:
+    """The backend with the highest preference among those that can run this call.
+
+    Raises:
+        UnsupportedError: where none can.
+    """
+    reason: str | None = "there are none"
+    for name in sorted(BACKENDS.names(), key=lambda name: -BACKENDS.get(name).preference):
+        reason = BACKENDS.get(name).refusal(x_TD, weights)
+        if reason is None:
+            return name
+    raise UnsupportedError(f"no backend can run this call; the last one said: {reason}")
+
+
+def _fixed(name: str, x_TD: Tensor, weights: ExpertWeights) -> Backend:
+    backend = BACKENDS.get(name)
     reason = backend.refusal(x_TD, weights)
     if reason:
-        raise UnsupportedError(f"the backend {_Choice.name!r} cannot run this call: {reason}")
+        raise UnsupportedError(f"the backend {name!r} cannot run this call: {reason}")
     return backend
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moesaic.dispatch import Dispatch
 from moesaic.experts.activations import ACTIVATIONS
-from moesaic.experts.backend import compute
+from moesaic.experts.backend import compute_and_tell
+from moesaic.experts.choice import Choice
 from moesaic.experts.storage import ExpertStorage
 from moesaic.experts.weights import ExpertWeights
 
@@ -26,11 +27,14 @@ class ExpertBank(ExpertStorage):
         activation: a name of ``moesaic.experts.ACTIVATIONS``.
     """
 
+    last_choice: Choice | None
+
     def __init__(
         self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False
     ) -> None:
         super().__init__()
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
+        self.last_choice = None
         self.activation = ACTIVATIONS.get(activation)
         width = 2 * d_ff if self.activation.gated else d_ff
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model))
@@ -73,7 +77,8 @@ class ExpertBank(ExpertStorage):
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """``[T, D]`` to ``[T, D]``: for every token the weighted sum of its experts' outputs."""
-        return compute(x_TD, dispatch, self.weights())
+        y_TD, self.last_choice = compute_and_tell(x_TD, dispatch, self.weights())
+        return y_TD
 
     def extra_repr(self) -> str:
         return (

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
+from moesaic import autotune  # noqa: F401  (makes "auto" tuned)
 from moesaic.dispatch import Dispatch
 from moesaic.errors import UnsupportedError
-from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute
+from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute_and_tell
 from moesaic.experts.storage import ExpertStorage
 from moesaic.routing import Routing
 
@@ -32,6 +33,8 @@ def is_experts_module(module: nn.Module) -> bool:
 def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[T, D]`` to ``[T, D]`` for a module of transformers' experts interface.
 
+    The module's ``last_choice`` is then the :class:`moesaic.experts.Choice` of this call.
+
     Args:
         top_k_index: ``[T, K]`` integer; ids from the number of experts on are null slots (expert parallelism's
             sentinels).
@@ -42,7 +45,9 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     """
     weights = weights_of(module)
     dispatch = dispatch_of(top_k_index, top_k_weights, weights.num_experts)
-    return compute(hidden_states, dispatch, weights).to(hidden_states.dtype)
+    y_TD, choice = compute_and_tell(hidden_states, dispatch, weights)
+    module.last_choice = choice  # type: ignore[assignment]
+    return y_TD.to(hidden_states.dtype)
 
 
 def dispatch_of(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Dispatch:
