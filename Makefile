@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUN := .venv/bin/python
 export TORCH
 
-.PHONY: setup demo test test-slow lint docs clean
+.PHONY: setup demo test test-slow sanitize lint docs clean
 
 setup:
 	@$(PYTHON) scripts/make_venv.py
@@ -26,6 +26,16 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+# The native kernels' own tests on a library that AddressSanitizer and UBSan watch; the first finding ends it.
+sanitize: export CXX = g++
+sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: export OMP_NUM_THREADS = 2
+sanitize: setup
+	$(RUN) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	MOESAIC_LIBRARY=build/sanitize/moesaic/experts/native/libmoesaic_experts.so \
+	$(RUN) -m pytest -p no:cacheprovider $(addprefix tests/experts/native/test_,values.py fuzz.py robust.py limits.py operators.py)
 
 lint: setup
 	$(RUN) -m ruff format --check .
