@@ -89,12 +89,12 @@ def model(told: dict[str, Any]) -> str:
             f"{each['seconds']:.3f}",
             " - ".join(f"{value:.3f}" for value in each["quartiles"]),
             str(each["same_tokens"]),
-            f"{each['logits_distance']:.1e}",
+            f"{each['logits_error']:.1e}",
             f"{each['ratio']:.2f} ({each['ratio_quartiles'][0]:.2f} - {each['ratio_quartiles'][1]:.2f})",
         )
         for each in told.get("model", [])
     ]
-    header = ("implementation", "s", "quartiles", "first tokens alike", "logits differ by", "time / ours")
+    header = ("implementation", "s", "quartiles", "first tokens alike", "error of the logits", "time / ours")
     return f"### A whole model\n\n{markdown(header, lines)}" if lines else ""
 
 

@@ -19,7 +19,7 @@ from moesaic.experts import QuantFormat, QuantizedMatrix, use_backend
 from moesaic.hf import quantize
 from moesaic.hf.quantized import adopt
 
-_QUANTIZED_EXPERTS = 4
+_QUANTIZED_EXPERTS = 2
 
 
 class Contender(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Generation:
         name: of the implementation.
         seconds, quartiles, runs: of one generation.
         same_tokens: how many of the new tokens are those of the first implementation, before the first other one.
-        logits_distance: ``‖logits − ref‖ / ‖ref‖`` over the first implementation's text, against the first one.
+        logits_error: ``‖logits − ref‖ / ‖ref‖`` over the first implementation's text, against the model in float32.
         ratio, ratio_quartiles: its time over that of the first implementation.
     """
 
@@ -37,7 +38,7 @@ class Generation:
     quartiles: tuple[float, float]
     runs: int
     same_tokens: int
-    logits_distance: float
+    logits_error: float
     ratio: float
     ratio_quartiles: tuple[float, float]
 
@@ -64,13 +65,12 @@ def run_generation(
     run = partial(_generate, model, prompt, new_tokens)
     texts = {name: run(name) for name in implementations}
     text = torch.cat([prompt[0], texts[implementations[0]]])[None]
-    logits = {name: _logits(model, text, name) for name in implementations}
+    errors = _errors(model, text, implementations)
     contenders = {name: partial(_seconds, run, name) for name in implementations}
     times, _ = alternate(contenders, {}, seconds, least_rounds=3)
     first = implementations[0]
     return [
-        _result(name, times[name], times[first], texts[name] == texts[first], distance(logits[name], logits[first]))
-        for name in implementations
+        _result(name, times[name], times[first], texts[name] == texts[first], errors[name]) for name in implementations
     ]
 
 
@@ -92,12 +92,18 @@ def _seconds(run: Callable[[str], Tensor], name: str, number: int) -> float:
     return timed(lambda: run(name))
 
 
-def _result(name: str, times: Times, first: Times, same: Tensor, logits_distance: float) -> Generation:
+def _result(name: str, times: Times, first: Times, same: Tensor, logits_error: float) -> Generation:
     ratio, low, high = first.ratio_of(times)
     agreed = int(same.long().cumprod(0).sum())
     return Generation(
-        name, times.median, times.quartiles(), len(times.seconds), agreed, logits_distance, ratio, (low, high)
+        name, times.median, times.quartiles(), len(times.seconds), agreed, logits_error, ratio, (low, high)
     )
+
+
+def _errors(model: nn.Module, text: Tensor, names: list[str]) -> dict[str, float]:
+    logits = {name: _logits(model, text, name) for name in names}
+    reference = _logits(copy.deepcopy(model).float(), text, "eager")
+    return {name: distance(found, reference) for name, found in logits.items()}
 
 
 @torch.inference_mode()
