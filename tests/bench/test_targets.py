@@ -53,6 +53,7 @@ def test_a_verdict_says_by_how_much_it_misses() -> None:
     at_most = Verdict("trace", "w", "what", 0.01, 0.015, "%", at_most=True)
     assert at_most.cells() == ("w", "what", "at most 1.0%", "1.5%", "misses by 50%")
     assert replace(at_most, measured=0.0).passed
+    assert replace(at_most, disturbed=True).cells()[4] == "misses by 50% (disturbed)"
 
 
 def test_decode_is_held_to_grouped_mm_to_bandwidth_and_to_peers() -> None:
@@ -88,6 +89,8 @@ def test_the_other_rows() -> None:
     quantized = [result("moesaic/native+int8", 0.5), result("moesaic/native+int4", 0.4)]
     assert told(row(1, OURS, *quantized)) == [("quantized", "pass", True), ("quantized", "misses by 17%", False)]
     assert told(replace(row(16, OURS, grouped_mm), routing="hot")) == []
+    busy = replace(row(2048, OURS, grouped_mm, backward=True), others=0.2)
+    assert told(busy) == [("training", "pass (disturbed)", True)]
     assert told(row(1, grouped_mm)) == []  # without our native kernels nothing is claimed
 
 

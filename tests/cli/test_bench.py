@@ -26,7 +26,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*TINY, "--tokens", "1, 3", "--backends", "loop", "--against", "eager"]) == 0
     captured = capsys.readouterr()
-    for text in ("E4K2D16F8, 1 tokens, bf16", "E4K2D16F8, 3 tokens, bf16", "moesaic/loop", "eager", "error"):
+    for text in ("E4K2D16F8, 1 token, bf16", "E4K2D16F8, 3 tokens, bf16", "moesaic/loop", "eager", "error"):
         assert text in captured.out
     assert "grouped_mm" not in captured.out
 

@@ -17,6 +17,7 @@ from moesaic.errors import MoesaicError, UnsupportedError
 
 # Successive contenders of a round get calls this far apart, so that none finds what the one before it has read.
 _APART = 5
+_MOST_OTHERS = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Row:
     results: list[Result]
     others: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other processes used so much of the machine that the figures mean little."""
+        return self.others is not None and self.others > _MOST_OTHERS
 
     def spread_out(self) -> list[str]:
         """Contenders whose quartiles are a third of their median apart."""

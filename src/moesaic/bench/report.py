@@ -11,14 +11,12 @@ from typing import Any
 
 from moesaic.bench.experts import Result, Row
 from moesaic.bench.limits import machine
+from moesaic.bench.shapes import told_tokens
 
 HEADER = (
     *("contender", "median ms", "quartiles", "GB/s", "GFLOP/s"),
     *("of read", "of registers", "of matmul", "error", "time / ours"),
 )
-
-
-_MOST_OTHERS = 0.05
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def title(row: Row) -> str:
     """The work, its bytes and operations, and the limits measured beside it."""
     limits = [f"read {row.limits['read'] / 1e9:.1f} GB/s"]
     limits += [f"{name} {row.limits[name] / 1e9:.0f} GFLOP/s" for name in ("registers", "matmul") if name in row.limits]
-    work = f"{row.shape}, {row.tokens} tokens, {row.dtype}, {row.routing} routing"
+    work = f"{row.shape}, {told_tokens(row.tokens)}, {row.dtype}, {row.routing} routing"
     if row.backward:
         work += ", forward and backward"
     return f"{work}: {row.bytes / 1e6:.1f} MB of weights, {row.flops / 1e9:.3g} GFLOP; limits: {', '.join(limits)}"
@@ -52,7 +50,7 @@ def title(row: Row) -> str:
 def notes(row: Row) -> list[str]:
     """What a reader must know beside the table: who is missing, and whether the figures can be trusted."""
     lines = [f"{name} does not take part: {reason}" for name, reason in row.skipped.items()]
-    if row.others is not None and row.others > _MOST_OTHERS:
+    if row.is_disturbed:
         lines.append(f"do not trust these figures: other processes used {row.others:.0%} of the machine")
     if spread := row.spread_out():
         lines.append(f"widely spread, so with care: {', '.join(spread)}")

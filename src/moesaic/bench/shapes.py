@@ -53,3 +53,8 @@ def parse_shape(text: str) -> Shape:
     if min(shape.num_experts, shape.top_k, shape.d_model, shape.d_ff) < 1 or shape.top_k > shape.num_experts:
         raise ConfigError(f"shape {text!r}: every size must be at least 1, and K at most E")
     return shape
+
+
+def told_tokens(count: int) -> str:
+    """``"1 token"``, ``"2 tokens"``, ..."""
+    return f"{count} token{'' if count == 1 else 's'}"

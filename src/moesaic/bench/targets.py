@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesaic.bench.experts import Result, Row
 from moesaic.bench.generation import Generation
-from moesaic.bench.shapes import SHAPES, Shape
+from moesaic.bench.shapes import SHAPES, Shape, told_tokens
 from moesaic.bench.trace import Trace
 from moesaic.bench.workload import Workload
 
@@ -26,6 +26,7 @@ class Verdict:
         what: was measured.
         target, measured: ratios, or shares of a limit; ``at_most`` says on which side of the target to be.
         unit: ``"x"`` or ``"%"``.
+        disturbed: other processes used the machine meanwhile.
     """
 
     group: str
@@ -35,6 +36,7 @@ class Verdict:
     measured: float
     unit: str = "x"
     at_most: bool = False
+    disturbed: bool = False
 
     @property
     def passed(self) -> bool:
@@ -49,6 +51,8 @@ class Verdict:
         """Work, what, target, measured, and whether it passed or by how much it missed."""
         missed = self.measured / self.target - 1
         verdict = "pass" if self.passed else f"misses by {abs(missed):.0%}"
+        if self.disturbed:
+            verdict += " (disturbed)"
         sign = "at most " if self.at_most else ""
         return self.work, self.what, sign + self.said(self.target), self.said(self.measured), verdict
 
@@ -107,12 +111,16 @@ def batches(groups: Sequence[str], peers: Sequence[str]) -> list[Batch]:
     return [batch for batch in found if batch.works]
 
 
-def row_verdicts(row: Row) -> Iterator[Verdict]:
+def row_verdicts(row: Row) -> list[Verdict]:
     """The verdicts that follow from one row of expert layers."""
+    return [replace(verdict, disturbed=row.is_disturbed) for verdict in _row_verdicts(row)]
+
+
+def _row_verdicts(row: Row) -> Iterator[Verdict]:
     ours, grouped_mm = row.result(OURS), row.result("grouped_mm")
     if ours is None:
         return
-    work = f"{row.shape}, {row.tokens} token{'s' if row.tokens > 1 else ''}"
+    work = f"{row.shape}, {told_tokens(row.tokens)}"
     if row.routing == "hot":
         return
     for format, least in (("int8", 1.7), ("int4", 3.0)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.bench.shapes import Shape
+from moesaic.bench.shapes import Shape, told_tokens
 from moesaic.errors import ConfigError, did_you_mean
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,7 +65,7 @@ class Workload:
 
     def __str__(self) -> str:
         both = ", forward and backward" if self.backward else ""
-        return f"{self.shape}, {self.tokens} tokens, {self.dtype}, {self.routing}{both}"
+        return f"{self.shape}, {told_tokens(self.tokens)}, {self.dtype}, {self.routing}{both}"
 
 
 @dataclass
