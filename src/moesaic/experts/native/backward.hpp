@@ -11,8 +11,6 @@
 
 namespace moesaic::MOESAIC_VARIANT {
 
-constexpr int OUTER_ROWS = 2 * BLOCK_ROWS;  // of a weight gradient that a thread takes at once
-
 // From u to dpre (gated: both halves), w h, and this block's part of dw.
 template <class Kind, class Format, class Activation>
 void differentiate(Activation, const MoesaicLayer& layer, const Block& block, const int32_t* numbers,
@@ -64,9 +62,8 @@ struct Backward {
   const Element** hidden_rows;
   float* parts;  // [rows of a group, blocks of hidden units] of the routing weights' gradients
   Workspace* workspaces;
-  char* panels;
   char* lanes;
-  int64_t panel_size, lanes_size;
+  int64_t lanes_size;
   Counter* counters;
 
   Backward(const MoesaicLayer& of, const MoesaicGradients& to) : layer(of), gradients(to) {}
@@ -96,10 +93,7 @@ struct Backward {
     hidden_rows = arena.take<const Element*>(largest);
     parts = arena.take<float>(largest * hidden_blocks());
     workspaces = arena.take<Workspace>(layer.threads);
-    const int64_t inputs = layer.d_model > outputs() ? layer.d_model : outputs();
-    panel_size = panel_bytes(inputs > most ? inputs : most) + 128;
-    panels = arena.take<char>(panel_size * layer.threads);
-    lanes_size = steps_of(most, Kind::pack) * OUTER_ROWS * 4 + 128;
+    lanes_size = steps_of(most, Kind::pack) * BLOCK_ROWS * 4 + 128;
     lanes = arena.take<char>(lanes_size * layer.threads);
     counters = arena.take<Counter>(num_counters());
   }
@@ -134,7 +128,6 @@ struct Backward {
   // One thread's part.
   void work() {
     Workspace& workspace = workspaces[thread_number()];
-    workspace.panel = reinterpret_cast<uint32_t*>(panels + panel_size * thread_number());
     for (int64_t token; (token = counters[0].next()) < layer.tokens;) {
       x.convert(token);
       grad_out.convert(token);
@@ -183,7 +176,7 @@ struct Backward {
       for (int64_t b = from; b < to; ++b) {
         const Block block = plain_block(b, layer.d_ff);
         product<Kind>(down, block, grad_rows + begin, rows.count(expert), layer.d_model, workspace,
-                      [&](int64_t r, int count, const float* sums) {
+                      Ahead{}, [&](int64_t r, int count, const float* sums) {
                         const int64_t n = begin + r - group.begin;
                         with_activation(layer.activation, [&](auto activation) {
                           differentiate<Kind, Format>(activation, layer, block, rows.number + begin + r,
@@ -209,7 +202,7 @@ struct Backward {
         for (int64_t b = from; b < to; ++b) {
           const Block block = plain_block(b, layer.d_model);
           product<Kind>(up, block, grad_pre_rows + row - group.begin, rows.count(expert), outputs(), workspace,
-                        [&](int64_t r, int count, const float* sums) {
+                        Ahead{}, [&](int64_t r, int count, const float* sums) {
                           combine<Format>(block, rows.token + row + r, nullptr, count, sums, no_bias, grad_x.sums,
                                           layer.d_model);
                         });
@@ -234,10 +227,10 @@ struct Backward {
   // For each expert of the group, the sum over its rows of the outer products of `left` and `right`: [height, width].
   void outer_products(const Group& group, Counter& counter, Workspace& workspace, const Element* const* left,
                       int64_t height, const Element* const* right, int64_t width, void* gradient) {
-    const int64_t shares = (height + OUTER_ROWS - 1) / OUTER_ROWS;
+    const int64_t shares = (height + BLOCK_ROWS - 1) / BLOCK_ROWS;
     for (int64_t item; (item = counter.next()) < shares * (group.last - group.first);) {
       const int32_t expert = rows.experts[group.first + item / shares], begin = rows.begin[expert];
-      const int64_t from = item % shares * OUTER_ROWS, to = from + OUTER_ROWS < height ? from + OUTER_ROWS : height;
+      const int64_t from = item % shares * BLOCK_ROWS, to = from + BLOCK_ROWS < height ? from + BLOCK_ROWS : height;
       auto* out = static_cast<typename Format::Element*>(gradient) + (expert * height + from) * width;
       outer_product(left + begin, from, to - from, right + begin, width, rows.count(expert), workspace, out);
     }
@@ -245,28 +238,17 @@ struct Backward {
 
   void outer_product(const Element* const* left, int64_t first, int64_t height, const Element* const* right,
                      int64_t width, int64_t num_rows, Workspace& workspace, typename Format::Element* out) {
-    typedef typename Kind::Format Rounded;
-    const int64_t steps = steps_of(num_rows, Kind::pack), half = (steps + W - 1) / W * W * W;
     uint32_t* const packed = reinterpret_cast<uint32_t*>(lanes + lanes_size * thread_number());
     for (int64_t i = 0; i < height; i += W)
-      pack_inputs<Kind, Rounded>([&](int64_t k) { return left[k] + first + i; }, height - i, num_rows, packed + i,
-                                 OUTER_ROWS);
+      pack_inputs<Kind, typename Kind::Format>([&](int64_t k) { return left[k] + first + i; }, height - i, 0, num_rows,
+                                               packed + i, BLOCK_ROWS);
     for (int64_t b = 0; b * 2 * W < width; ++b) {
       const Block block = plain_block(b, width);
-      for (int v = 0; v < 2; ++v)
-        if (block.count[v] > 0)
-          pack_inputs<Kind, Rounded>([&](int64_t k) { return right[k] + block.first[v]; }, block.count[v], num_rows,
-                                     workspace.panel + v * half, W);
-        else
-          memset(workspace.panel + v * half, 0, size_t(steps) * W * 4);
-      for (int64_t row = 0; row < height; row += BLOCK_ROWS) {
-        const int count = height - row < BLOCK_ROWS ? int(height - row) : BLOCK_ROWS;
-        panel_lanes<Kind>(packed + row, OUTER_ROWS, count, steps, workspace.panel, half, workspace.sums);
-        for (int r = 0; r < count; ++r)
-          for (int v = 0; v < 2; ++v)
-            store_up_to(Format(), out + (row + r) * width + block.first[v],
-                        read<F>(workspace.sums + (2 * r + v) * W), block.count[v]);
-      }
+      panel_lanes<Kind>(packed, BLOCK_ROWS, int(height), right, block, num_rows, workspace);
+      for (int64_t r = 0; r < height; ++r)
+        for (int v = 0; v < 2; ++v)
+          store_up_to(Format(), out + r * width + block.first[v], read<F>(workspace.sums + (2 * r + v) * W),
+                      block.count[v]);
     }
   }
 

@@ -120,8 +120,6 @@ struct Forward {
   const Element** x_rows;
   const Element** hidden_rows;
   Workspace* workspaces;
-  char* panels;
-  int64_t panel_size;
   Counter* counters;
 
   explicit Forward(const MoesaicLayer& of) : layer(of) {}
@@ -138,15 +136,12 @@ struct Forward {
     x_rows = arena.take<const Element*>(layer.rows);
     hidden_rows = arena.take<const Element*>(largest);
     workspaces = arena.take<Workspace>(layer.threads);
-    panel_size = panel_bytes(layer.d_model > layer.d_ff ? layer.d_model : layer.d_ff) + 128;
-    panels = arena.take<char>(panel_size * layer.threads);
     counters = arena.take<Counter>(1 + 2 * (layer.num_experts + 1));
   }
 
   // One thread's part.
   void work() {
     Workspace& workspace = workspaces[thread_number()];
-    workspace.panel = reinterpret_cast<uint32_t*>(panels + panel_size * thread_number());
     if (!x.direct) {
       for (int64_t token; (token = counters[0].next()) < layer.tokens;) x.convert(token);
 #pragma omp barrier
@@ -163,23 +158,33 @@ struct Forward {
     }
   }
 
+  Matrix up_matrix(int32_t expert) const {
+    return matrix_of(layer.up, expert, is_gated(layer.activation) ? 2 * layer.d_ff : layer.d_ff, layer.d_model);
+  }
+  Matrix down_matrix(int32_t expert) const { return matrix_of(layer.down, expert, layer.d_model, layer.d_ff); }
+
   void up(const Group& group, Counter& counter, Workspace& workspace) {
     const bool gated = is_gated(layer.activation);
     const int64_t units = hidden_units(gated), blocks = (layer.d_ff + units - 1) / units;
     const int64_t size = share(blocks * (group.last - group.first), layer.threads, 4);
-    const int64_t parts = (blocks + size - 1) / size;
-    for (int64_t item; (item = counter.next()) < parts * (group.last - group.first);) {
-      const int32_t expert = rows.experts[group.first + item / parts];
-      const int64_t from = item % parts * size, to = from + size < blocks ? from + size : blocks;
-      for (int64_t b = from; b < to; ++b) up_block(expert, hidden_block(b, layer.d_ff, gated), group, workspace);
-    }
+    const int64_t shares = (blocks + size - 1) / size, items = shares * (group.last - group.first);
+    auto expert_of = [&](int64_t item) { return rows.experts[group.first + item / shares]; };
+    auto first_of = [&](int64_t item) { return hidden_block(item % shares * size, layer.d_ff, gated); };
+    for_items(counter, items, [&](int64_t item, int64_t following) {
+      const int32_t expert = expert_of(item);
+      const int64_t from = item % shares * size, to = from + size < blocks ? from + size : blocks;
+      for (int64_t b = from; b < to; ++b) {
+        const Ahead ahead = b + 1 < to          ? ahead_of(up_matrix(expert), hidden_block(b + 1, layer.d_ff, gated))
+                            : following < items ? ahead_of(up_matrix(expert_of(following)), first_of(following))
+                                                : Ahead{};
+        up_block(expert, hidden_block(b, layer.d_ff, gated), group, workspace, ahead);
+      }
+    });
   }
 
-  void up_block(int32_t expert, const Block& block, const Group& group, Workspace& workspace) {
+  void up_block(int32_t expert, const Block& block, const Group& group, Workspace& workspace, const Ahead& ahead) {
     const int32_t begin = rows.begin[expert];
-    const int64_t outputs = is_gated(layer.activation) ? 2 * layer.d_ff : layer.d_ff;
-    const Matrix matrix = matrix_of(layer.up, expert, outputs, layer.d_model);
-    product<Kind>(matrix, block, x_rows + begin, rows.count(expert), layer.d_model, workspace,
+    product<Kind>(up_matrix(expert), block, x_rows + begin, rows.count(expert), layer.d_model, workspace, ahead,
                   [&](int64_t r, int count, const float* sums) {
                     Element* to = hidden.row(begin + r - group.begin) + block.first[0];
                     with_activation(layer.activation, [&](auto activation) {
@@ -191,24 +196,29 @@ struct Forward {
 
   void down(const Group& group, bool is_first, bool is_last, Counter& counter, Workspace& workspace) {
     const int64_t blocks = (layer.d_model + 2 * W - 1) / (2 * W), size = share(blocks, layer.threads, 8);
-    for (int64_t item; (item = counter.next()) * size < blocks;) {
+    for_items(counter, (blocks + size - 1) / size, [&](int64_t item, int64_t) {
       const int64_t from = item * size, to = from + size < blocks ? from + size : blocks;
       const int64_t begin = from * 2 * W, end = to * 2 * W < layer.d_model ? to * 2 * W : layer.d_model;
       if (is_first) result.clear(begin, end);
       for (int32_t a = group.first; a < group.last; ++a)
-        for (int64_t b = from; b < to; ++b) down_block(rows.experts[a], plain_block(b, layer.d_model), group, workspace);
+        for (int64_t b = from; b < to; ++b) {
+          const int32_t next = b + 1 < to ? a : a + 1;
+          const Ahead ahead = next < group.last ? ahead_of(down_matrix(rows.experts[next]),
+                                                           plain_block(b + 1 < to ? b + 1 : from, layer.d_model))
+                                                : Ahead{};
+          down_block(rows.experts[a], plain_block(b, layer.d_model), group, workspace, ahead);
+        }
       if (is_last) result.finish(begin, end);
-    }
+    });
   }
 
-  void down_block(int32_t expert, const Block& block, const Group& group, Workspace& workspace) {
+  void down_block(int32_t expert, const Block& block, const Group& group, Workspace& workspace, const Ahead& ahead) {
     const int32_t begin = rows.begin[expert];
-    const Matrix matrix = matrix_of(layer.down, expert, layer.d_model, layer.d_ff);
     F bias[2];
     for (int v = 0; v < 2; ++v)
       bias[v] = bias_of<Format>(layer.down.bias, expert * layer.d_model + block.first[v], block.count[v]);
-    product<Kind>(matrix, block, hidden_rows + begin - group.begin, rows.count(expert), layer.d_ff, workspace,
-                  [&](int64_t r, int count, const float* sums) {
+    product<Kind>(down_matrix(expert), block, hidden_rows + begin - group.begin, rows.count(expert), layer.d_ff,
+                  workspace, ahead, [&](int64_t r, int count, const float* sums) {
                     combine<Format>(block, rows.token + begin + r, rows.weight + begin + r, count, sums, bias,
                                     result.sums, layer.d_model);
                   });

@@ -45,10 +45,12 @@ INLINE Matrix transposed(Matrix matrix) {
   return matrix;
 }
 
-// ---- readers: `at(output, k)` is a vector of the inputs k, k + 1, ... of an output; `some` of the last `count` ----
+// ---- readers: `at(output, k)` is a vector of the inputs k, k + 1, ... of an output; `some` of the last `count`; `ready`
+// says that memory holds the vectors as they are ----
 
 template <class Kind, class Format>
 struct Floats {
+  static constexpr bool ready = sizeof(typename Format::Element) == 4;
   Matrix matrix;
   typedef typename Format::Element Element;
   INLINE_MEMBER const Element* row(int64_t output) const {
@@ -63,6 +65,7 @@ struct Floats {
 
 template <class Kind>
 struct Int8 {
+  static constexpr bool ready = false;
   Matrix matrix;
   INLINE_MEMBER const int8_t* row(int64_t output) const {
     return reinterpret_cast<const int8_t*>(matrix.data + output * matrix.out_stride);
@@ -78,6 +81,7 @@ struct Int8 {
 
 template <class Kind>
 struct Int4 {
+  static constexpr bool ready = false;
   Matrix matrix;
   INLINE_MEMBER F at(int64_t output, int64_t k) const {
     const char* row = matrix.data + output * matrix.out_stride;
@@ -96,6 +100,7 @@ struct Int4 {
 #if defined(__AVX512BF16__)
 template <>
 struct Floats<Bf16Kind, BF16> {
+  static constexpr bool ready = true;
   Matrix matrix;
   INLINE_MEMBER const uint16_t* row(int64_t output) const {
     return reinterpret_cast<const uint16_t*>(matrix.data + output * matrix.out_stride);
@@ -111,6 +116,7 @@ INLINE __m512bh round_pair(F low, F high) { return _mm512_cvtne2ps_pbh(high, low
 
 template <>
 struct Int8<Bf16Kind> {
+  static constexpr bool ready = false;
   Matrix matrix;
   INLINE_MEMBER __m512bh convert(__m256i bytes) const {
     return round_pair(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
@@ -130,6 +136,7 @@ struct Int8<Bf16Kind> {
 
 template <>
 struct Int4<Bf16Kind> {
+  static constexpr bool ready = false;
   Matrix matrix;
   INLINE_MEMBER __m512bh at(int64_t output, int64_t k) const {
     const Int4<FloatKind> floats = {matrix};

@@ -38,6 +38,17 @@ struct Counter {
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
 };
 
+// The items below `count` that fall to this thread, each with the one that follows it (or `count`): known early, so that
+// its memory can be fetched.
+template <class Work>
+inline void for_items(Counter& counter, int64_t count, const Work& work) {
+  for (int64_t item = counter.next(), following; item < count; item = following) {
+    following = counter.next();
+    if (following > count) following = count;
+    work(item, following);
+  }
+}
+
 inline int thread_number() {
 #if defined(_OPENMP)
   return omp_get_thread_num();
