@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.after_import import after_import
 
 if TYPE_CHECKING:
-    from moesaic import experts, hf, routing
+    from moesaic import autotune, experts, hf, routing
     from moesaic.config import MoEConfig
     from moesaic.dispatch import Dispatch
     from moesaic.errors import MoesaicError
@@ -32,6 +32,7 @@ _HOMES: dict[str, str | None] = {
     "MoesaicForCausalLM": "moesaic.hf",
     "QuantizationConfig": "moesaic.hf",
     "Routing": "moesaic.routing",
+    "autotune": None,
     "experts": None,
     "hf": None,
     "quantize": "moesaic.hf",
@@ -50,6 +51,7 @@ __all__ = [
     "MoesaicForCausalLM",
     "QuantizationConfig",
     "Routing",
+    "autotune",
     "experts",
     "hf",
     "quantize",
