@@ -43,7 +43,7 @@ def test_what_is_printed(models: Path, texts: list[str], tmp_path: Path, capsys:
     assert "perplexity" not in printed
     assert run([*words, str(tmp_path / "two"), *texts]) == 0
     printed = capsys.readouterr().out
-    assert "perplexity on all text, " in printed
+    assert "perplexity, all text" in printed
     assert [line.split()[0] for line in printed.splitlines() if "%" in line] == ["code", "prose"]
 
 

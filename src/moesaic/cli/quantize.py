@@ -36,7 +36,7 @@ def command(
     if made.before and made.after:
         after = made.after.domains
         print_table(
-            f"perplexity on {made.before.split} text, {made.before.sequence_length} tokens a window",
+            f"perplexity, {made.before.split} text",
             ["domain", "before", to, "rise"],
             [
                 [name, f"{r.perplexity:.3f}", f"{after[name].perplexity:.3f}", f"{rise[name]:.2%}"]
