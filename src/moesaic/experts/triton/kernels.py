@@ -4,8 +4,8 @@ Each is a grid of programs that stay and take one tile after the other; how many
 from the offsets in the GPU's memory, so no count of rows ever travels to the host. Sizes that a model fixes are
 compile-time constants; the number of rows, which changes at every call, is not.
 
-ScatterMoE (Tan et al., "Scattered Mixture-of-Experts Implementation", section 3.1) fuses gather and scatter into the
-matmul in the same way; the order of tiles within an expert is that of Triton's tutorial on matrix multiplication.
+ScatterMoE (Tan et al., "Scattered Mixture-of-Experts Implementation") fuses gather and scatter into the matmul too; the
+order of tiles within an expert is that of Triton's tutorial on matrix multiplication.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kernels as operators of PyTorch with gradients. Importing this needs no Triton; the first call does.
 
-Nothing that a backward reads is as wide as the slots' outputs ``[T·K, D]``: the gradient of a routing weight is the
-product of ``h`` with the unweighted gradient of ``h`` (ScatterMoE, section 3.2, keeps those outputs instead).
+The experts' outputs ``[T·K, D]`` are not kept for the backward: the gradient of a routing weight is the product of
+``h`` with the unweighted gradient of ``h``, which is at hand there anyway.
 """
 
 from __future__ import annotations
