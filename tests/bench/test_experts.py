@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench import Plan, Row, Shape, Workload, experts, field, measure
-from moesaic.bench.contenders import ModuleContender
+from moesaic.bench.contenders import ModuleContender, make_ours
 from moesaic.bench.llama import LlamaContender
 from moesaic.bench.workload import Call, make_banks, make_calls
 from moesaic.errors import ConfigError, MoesaicError, UnsupportedError
@@ -82,6 +82,23 @@ def test_quantized_experts_are_held_to_their_own_values(format: str) -> None:
     assert quantized.name == f"moesaic/grouped+{format}"
     assert quantized.error < 1e-2
     assert quantized.bytes < plain.bytes * (0.6 if format == "int8" else 0.4)
+
+
+def test_frozen_experts_have_weights_of_their_own() -> None:
+    banks = make_banks(TINY, torch.bfloat16)
+    frozen = make_ours("grouped+frozen", TINY, banks, backward=False)
+    call = make_calls(Workload(TINY, 5), len(banks), 0)[0]
+    before = frozen.output(call)
+    banks[call.bank].up.zero_()
+    assert torch.equal(frozen.output(call), before)
+    assert before.any()
+
+
+@pytest.mark.parametrize("variant", ["int8", "frozen"])
+def test_variants_are_not_trained(variant: str) -> None:
+    row = one_row(Workload(TINY, 5, backward=True), [f"grouped+{variant}"], [])
+    assert row.skipped == {f"moesaic/grouped+{variant}": "quantized and frozen experts are not trained"}
+    assert row.results == []
 
 
 def test_the_backend_that_was_chosen_before_comes_back() -> None:

@@ -102,7 +102,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--routing", "cold"], "unknown routing 'cold'"),
         (["--backends", "lop"], "unknown backend 'lop': did you mean 'loop'?"),
-        (["--backends", "loop+int2"], "unknown weight format 'int2'"),
+        (["--backends", "loop+int2"], "unknown variant 'int2' of loop"),
         (["--backends", ""], "--backends"),
         (["--against", "vlm"], "unknown contender 'vlm': did you mean 'vllm'?"),
         (["--against", "vllm"], "vllm cannot take part: "),

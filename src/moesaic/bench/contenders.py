@@ -17,8 +17,10 @@ from moesaic.bench.workload import Bank, Call, gradient_error, relative_error
 from moesaic.errors import UnsupportedError
 from moesaic.experts import QuantFormat, QuantizedMatrix, use_backend
 from moesaic.hf import quantize
+from moesaic.hf.freezing import freeze
 from moesaic.hf.quantized import adopt
 
+FROZEN = "frozen"
 _QUANTIZED_EXPERTS = 2
 
 
@@ -145,6 +147,16 @@ def _first(bank: Bank, experts: int) -> Bank:
     return Bank(bank.up[:experts], bank.down[:experts])
 
 
+class FrozenContender(ModuleContender):
+    """Our implementation after :func:`moesaic.freeze`, on weights of its own: freezing changes the memory of all."""
+
+    def __init__(self, shape: Shape, banks: list[Bank], backend: str) -> None:
+        own = [Bank(bank.up.clone(), bank.down.clone()) for bank in banks]
+        super().__init__(shape, own, "moesaic", backend)
+        for module in self.modules:
+            freeze(module)
+
+
 class _Dequantized:
     """One expert at a time: all of them in floats would take as much memory again as the bank."""
 
@@ -174,14 +186,16 @@ def experts_module(shape: Shape, bank: Bank, implementation: str) -> nn.Module:
 
 
 def make_ours(name: str, shape: Shape, banks: list[Bank], backward: bool) -> Contender:
-    """Ours by a name of ``moesaic.bench.field.our_backends``: a backend, or a backend, ``+`` and a format of weights.
+    """Ours by a name of ``moesaic.bench.field.our_backends``: a backend, or a backend, ``+`` and a variant.
 
     Raises:
-        UnsupportedError: for gradients of quantized weights.
+        UnsupportedError: for gradients of a variant.
     """
-    backend, _, format = name.partition("+")
-    if not format:
+    backend, _, variant = name.partition("+")
+    if not variant:
         return (TrainingContender if backward else ModuleContender)(shape, banks, "moesaic", backend)
     if backward:
-        raise UnsupportedError("quantized experts are not trained")
-    return QuantizedContender(shape, banks, backend, format)
+        raise UnsupportedError("quantized and frozen experts are not trained")
+    if variant == FROZEN:
+        return FrozenContender(shape, banks, backend)
+    return QuantizedContender(shape, banks, backend, variant)

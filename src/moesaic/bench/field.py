@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from moesaic.bench import llama, vllm
-from moesaic.bench.contenders import Contender, ModuleContender, TrainingContender
+from moesaic.bench.contenders import FROZEN, Contender, ModuleContender, TrainingContender
 from moesaic.bench.workload import Bank, Workload
 from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
-from moesaic.experts import QuantFormat, status, use_backend
+from moesaic.experts import status, use_backend
 from moesaic.experts.backend import AUTO
+from moesaic.experts.quantized import FORMATS
 
 TRANSFORMERS = ("grouped_mm", "eager", "batched_mm")
 PEERS = {"vllm": vllm.missing, "llama.cpp": llama.missing}
@@ -19,7 +20,7 @@ def our_backends(names: list[str] | None) -> list[str]:
     """The backends to measure: those named, or all that run here, ``"auto"`` last.
 
     Args:
-        names: backends, each with ``"+int8"`` or ``"+int4"`` where its weights are to be quantized.
+        names: backends, each with ``"+int8"`` or ``"+int4"`` where its weights are to be quantized, or ``"+frozen"``.
 
     Raises:
         ConfigError: for an unknown name, or a backend that cannot run here (with the reason).
@@ -27,11 +28,11 @@ def our_backends(names: list[str] | None) -> list[str]:
     if names is None:
         return [*(name for name, reason in status().items() if reason is None), AUTO]
     for name in names:
-        backend, plus, format = name.partition("+")
+        backend, plus, variant = name.partition("+")
         with use_backend(backend):
             pass
-        if plus:
-            QuantFormat.named(format)
+        if plus and variant not in (*FORMATS, FROZEN):
+            raise ConfigError(f"unknown variant {variant!r} of {backend}: {did_you_mean(variant, (*FORMATS, FROZEN))}")
     return names
 
 

@@ -23,7 +23,7 @@ def command(
     backends: Annotated[
         str | None,
         typer.Option(
-            help="Ours, +int8 or +int4 for quantized weights; times are over the first. Default: all that run here."
+            help="Ours, as NAME, NAME+int8, +int4 or +frozen; times are over the first. Default: all that run here."
         ),
     ] = None,
     against: Annotated[
