@@ -215,6 +215,22 @@ def test_backends_compute_what_the_codes_stand_for(
             assert relative_error(got, right) < tolerance, backend
 
 
+@pytest.mark.skipif("native" not in available(), reason="there are no native kernels here")
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_native_kernels_read_the_same_codes(format: QuantFormat, dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    bank = ExpertBank(320, 160, 4, bias=True)
+    bank.quantize(format)
+    x, ids = torch.randn(tokens, 320).to(dtype), torch.randint(0, 4, (tokens, 2))
+    dispatch = Dispatch.from_routing(Routing(ids, torch.rand(tokens, 2), torch.zeros(tokens, 4)))
+    with torch.no_grad():
+        wanted = BACKENDS.get("loop").run(x.double(), dispatch, bank.weights().to(torch.float64))
+        got = BACKENDS.get("native").run(x, dispatch, bank.to(dtype).weights())
+    assert relative_error(got, wanted) < 2e-2
+
+
 def test_the_bank_of_codes() -> None:
     bank, _ = a_call(24, 40, bias=True)
     bank.quantize(INT4)
