@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moesaic import hardware
@@ -131,7 +132,9 @@ def _machine() -> dict[str, Any]:
     """What timings depend on, beside what a signature says: versions, the processor, and the compiled kernels."""
     versions, cpu = hardware.versions(), hardware.cpu()
     return {
-        **{name: versions[name] for name in ("moesaic", "torch", "triton")},
+        "moesaic": versions["moesaic"],
+        "torch": torch.__version__,  # names the build as well
+        "triton": versions["triton"],
         "cpu": cpu.model,
         "cores": cpu.cores,
         "features": cpu.features,
