@@ -28,14 +28,14 @@ test-slow: setup
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 # The native kernels' own tests on a library that AddressSanitizer and UBSan watch; the first finding ends it.
-sanitize: export CXX = g++
-sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: export OMP_NUM_THREADS = 2
+SANITIZED := build/sanitize/moesaic/experts/native/libmoesaic_experts.so
 sanitize: setup
-	$(RUN) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	MOESAIC_LIBRARY=build/sanitize/moesaic/experts/native/libmoesaic_experts.so \
-	$(RUN) -m pytest -p no:cacheprovider $(addprefix tests/experts/native/test_,values.py fuzz.py robust.py limits.py operators.py)
+	CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	    $(RUN) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    MOESAIC_LIBRARY=$(SANITIZED) OMP_NUM_THREADS=2 $(RUN) -m pytest -p no:cacheprovider --capture=sys \
+	    $(addprefix tests/experts/native/test_,values.py fuzz.py robust.py limits.py operators.py)
 
 lint: setup
 	$(RUN) -m ruff format --check .

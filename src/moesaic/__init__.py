@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moesaic.dispatch import Dispatch
     from moesaic.errors import MoesaicError
     from moesaic.experts import ExpertBank, use_backend
-    from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, QuantizationConfig, quantize
+    from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, QuantizationConfig, freeze, quantize
     from moesaic.layer import MoE, update_balancing
     from moesaic.routing import Routing
 
@@ -34,6 +34,7 @@ _HOMES: dict[str, str | None] = {
     "Routing": "moesaic.routing",
     "autotune": None,
     "experts": None,
+    "freeze": "moesaic.hf",
     "hf": None,
     "quantize": "moesaic.hf",
     "routing": None,
@@ -53,6 +54,7 @@ __all__ = [
     "Routing",
     "autotune",
     "experts",
+    "freeze",
     "hf",
     "quantize",
     "routing",

@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import experts_forward, is_experts_module
 from moesaic.hf.export import export_qwen3_moe
+from moesaic.hf.freezing import freeze
 from moesaic.hf.modeling import MoesaicForCausalLM, MoesaicModel
 from moesaic.hf.quantization import QuantizationConfig, quantize
 
@@ -28,6 +29,7 @@ __all__ = [
     "MoesaicModel",
     "QuantizationConfig",
     "export_qwen3_moe",
+    "freeze",
     "is_experts_module",
     "quantize",
 ]

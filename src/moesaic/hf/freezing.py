@@ -1,0 +1,61 @@
+"""Experts made ready for inference: :func:`freeze`."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError
+from moesaic.experts import ExpertBank, ExpertWeights
+from moesaic.experts.native.memory import inputs_last, use_huge_pages
+from moesaic.hf.experts import weights_of
+from moesaic.hf.quantized import expert_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def freeze(model: Model) -> Model:
+    """Prepare a model for inference, in place: no gradients, and the experts' weights in memory as reading wants them.
+
+    On a CPU, weights that a model stores transposed (``[E, in, out]``) get the memory order of those that it does not,
+    under an unchanged shape; and on Linux the memory of all experts moves to huge pages. Values, shapes, ``state_dict``
+    and ``save_pretrained`` stay what they are, but such a tensor is not contiguous any more:
+    ``safetensors.torch.save_file`` wants ``tensor.contiguous()``. Memory beyond the model's own is that of one expert.
+    Call it when the weights are where they stay: moving or converting them makes new memory.
+
+    Args:
+        model: an :class:`moesaic.ExpertBank`, a :class:`moesaic.MoE`, or any module that holds some; or a MoE model of
+            transformers.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ConfigError: for a model without experts.
+        UnsupportedError: for a variant of transformers' experts that we do not know.
+    """
+    modules = expert_modules(model)
+    if not modules:
+        raise ConfigError(f"{type(model).__name__} has no experts to freeze")
+    # All of them first: a variant that we do not know is refused before anything has been changed.
+    found = [module.weights() if isinstance(module, ExpertBank) else weights_of(module) for module in modules.values()]
+    model.requires_grad_(False)
+    for weights in found:
+        _lay_out(weights)
+    return model
+
+
+def _lay_out(weights: ExpertWeights) -> None:
+    for matrix in (weights.up, weights.down):
+        if matrix.device.type != "cpu":
+            continue
+        use_huge_pages(matrix)
+        if weights.transposed and matrix.is_contiguous():
+            _replace(matrix, inputs_last(matrix.detach()))
+
+
+def _replace(parameter: Tensor, matrix: Tensor) -> None:
+    with torch.no_grad():
+        parameter.data = matrix
