@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,6 +55,14 @@ def test_a_family_says_what_the_weights_are() -> None:
     assert family.flops_per_row == 2 * 3 * 16 * 24
     assert family.bytes_per_expert == 3 * 16 * 24 * 4
     assert family_of(x, bank(activation="relu").weights(), grad=False).hidden == 24
+
+
+def test_the_layout_is_that_of_the_memory() -> None:
+    x, plain = torch.randn(3, 16), bank().weights()
+    turned = replace(plain, up=plain.up.detach().mT, down=plain.down.detach().mT, transposed=True)
+    stored = replace(turned, up=turned.up.contiguous(), down=turned.down.contiguous())
+    layouts = [family_of(x, weights, grad=False).layout for weights in (plain, turned, stored)]
+    assert layouts == ["plain", "plain", "transposed"]
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])

@@ -23,7 +23,8 @@ class Family:
         device: ``"cpu"``, or an accelerator's model name: timings of one card say nothing about another.
         dtype: of the features, such as ``"bfloat16"``.
         format: how the weights are stored: that dtype too, or ``"int8"``, ``"int4"``.
-        layout: ``"plain"`` or ``"transposed"``, see :class:`moesaic.experts.ExpertWeights`.
+        layout: of the weights in memory: ``"plain"`` where an output's weights stand together, ``"transposed"`` where an
+            input's do.
         activation: a name of ``moesaic.experts.ACTIVATIONS``, or ``"custom"``.
         num_experts, d_model, d_ff, hidden: E, D, F, and G, which is 2F for a gated activation.
         threads: that PyTorch uses on the CPU.
@@ -146,7 +147,8 @@ def family_of(x_TD: Tensor, weights: ExpertWeights, grad: bool) -> Family:
         device=name,
         dtype=dtype,
         format=dtype if weights.format is None else weights.format.name,
-        layout="transposed" if weights.transposed else "plain",
+        # By the memory, not by the shape: freezing changes the one and keeps the other.
+        layout="plain" if weights.up.stride(-2 if weights.transposed else -1) == 1 else "transposed",
         activation=weights.activation.name,
         num_experts=weights.num_experts,
         d_model=weights.d_model,
