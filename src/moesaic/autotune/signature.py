@@ -23,8 +23,8 @@ class Family:
         device: ``"cpu"``, or an accelerator's model name: timings of one card say nothing about another.
         dtype: of the features, such as ``"bfloat16"``.
         format: how the weights are stored: that dtype too, or ``"int8"``, ``"int4"``.
-        layout: of the weights in memory: ``"plain"`` where an output's weights stand together, ``"transposed"`` where an
-            input's do.
+        layout: of the weights in memory: ``"plain"`` where an output's weights stand together, ``"transposed"`` where
+            an input's do.
         activation: a name of ``moesaic.experts.ACTIVATIONS``, or ``"custom"``.
         num_experts, d_model, d_ff, hidden: E, D, F, and G, which is 2F for a gated activation.
         threads: that PyTorch uses on the CPU.
