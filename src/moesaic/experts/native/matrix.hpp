@@ -46,11 +46,12 @@ INLINE Matrix transposed(Matrix matrix) {
 }
 
 // ---- readers: `at(output, k)` is a vector of the inputs k, k + 1, ... of an output; `some` of the last `count`; `ready`
-// says that memory holds the vectors as they are ----
+// says that memory holds the vectors as they are, `bytes` each ----
 
 template <class Kind, class Format>
 struct Floats {
   static constexpr bool ready = sizeof(typename Format::Element) == 4;
+  static constexpr int bytes = W * int(sizeof(typename Format::Element));
   Matrix matrix;
   typedef typename Format::Element Element;
   INLINE_MEMBER const Element* row(int64_t output) const {
@@ -60,12 +61,14 @@ struct Floats {
   INLINE_MEMBER F some(int64_t output, int64_t k, int count) const {
     return load_some(Format(), row(output) + k, count);
   }
+  INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs * int64_t(sizeof(Element)); }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const { return row(output) + k; }
 };
 
 template <class Kind>
 struct Int8 {
   static constexpr bool ready = false;
+  static constexpr int bytes = W;
   Matrix matrix;
   INLINE_MEMBER const int8_t* row(int64_t output) const {
     return reinterpret_cast<const int8_t*>(matrix.data + output * matrix.out_stride);
@@ -76,12 +79,14 @@ struct Int8 {
   INLINE_MEMBER F some(int64_t output, int64_t k, int count) const {
     return __builtin_convertvector(read_some<I8>(row(output) + k, count), F);
   }
+  INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs; }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const { return row(output) + k; }
 };
 
 template <class Kind>
 struct Int4 {
   static constexpr bool ready = false;
+  static constexpr int bytes = W / 2;
   Matrix matrix;
   INLINE_MEMBER F at(int64_t output, int64_t k) const {
     const char* row = matrix.data + output * matrix.out_stride;
@@ -92,6 +97,7 @@ struct Int4 {
   }
   // Rows are padded with zeros.
   INLINE_MEMBER F some(int64_t output, int64_t k, int) const { return at(output, k); }
+  INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs / 2; }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const {
     return matrix.data + output * matrix.out_stride + k / 2;
   }
@@ -101,6 +107,7 @@ struct Int4 {
 template <>
 struct Floats<Bf16Kind, BF16> {
   static constexpr bool ready = true;
+  static constexpr int bytes = 64;
   Matrix matrix;
   INLINE_MEMBER const uint16_t* row(int64_t output) const {
     return reinterpret_cast<const uint16_t*>(matrix.data + output * matrix.out_stride);
@@ -109,6 +116,7 @@ struct Floats<Bf16Kind, BF16> {
   INLINE_MEMBER __m512bh some(int64_t output, int64_t k, int count) const {
     return Bf16Kind::load_some(row(output) + k, count);
   }
+  INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs * 2; }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const { return row(output) + k; }
 };
 
@@ -117,6 +125,7 @@ INLINE __m512bh round_pair(F low, F high) { return _mm512_cvtne2ps_pbh(high, low
 template <>
 struct Int8<Bf16Kind> {
   static constexpr bool ready = false;
+  static constexpr int bytes = 32;
   Matrix matrix;
   INLINE_MEMBER __m512bh convert(__m256i bytes) const {
     return round_pair(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
@@ -129,6 +138,7 @@ struct Int8<Bf16Kind> {
     return convert(_mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << count) - 1),
                                            matrix.data + output * matrix.out_stride + k));
   }
+  INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs; }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const {
     return matrix.data + output * matrix.out_stride + k;
   }
@@ -137,12 +147,14 @@ struct Int8<Bf16Kind> {
 template <>
 struct Int4<Bf16Kind> {
   static constexpr bool ready = false;
+  static constexpr int bytes = 16;
   Matrix matrix;
   INLINE_MEMBER __m512bh at(int64_t output, int64_t k) const {
     const Int4<FloatKind> floats = {matrix};
     return round_pair(floats.at(output, k), floats.at(output, k + 16));
   }
   INLINE_MEMBER __m512bh some(int64_t output, int64_t k, int) const { return at(output, k); }
+  INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs / 2; }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const {
     return matrix.data + output * matrix.out_stride + k / 2;
   }

@@ -26,7 +26,7 @@ def inputs_last(matrix_EIO: Tensor) -> Tensor:
 
 
 def use_huge_pages(tensor: Tensor) -> None:
-    """Ask Linux to hold the tensor's memory in pages of 2 MiB: streaming reads were 14 % faster so, where we measured.
+    """Ask Linux to hold the tensor's memory in pages of 2 MiB: where we measured, reading was a tenth faster so.
 
     A wish: memory on another device, other systems, and memory that cannot be had so are left as they are.
     """
