@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "moesaic"
 
 # From the ground up; modules on one floor may import each other.
 FLOORS = [
-    {"errors", "registry", "hardware", "folders", "after_import"},
+    {"eager", "errors", "registry", "hardware", "folders", "after_import"},
     {"routing"},
     {"dispatch"},
     {"experts"},

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.eager import is_eager
 from moesaic.routing import Routing, expert_capacity
 from moesaic.routing.routing import count_slots
 
@@ -59,7 +61,14 @@ class Dispatch:
         if capacity_factor > 0:
             capacity = expert_capacity(ids_TK.shape[0], ids_TK.shape[1], routing.num_experts, capacity_factor)
             return _padded(ids_TK, weights_TK, routing.num_experts, capacity)
-        return _dropless(ids_TK, weights_TK, routing.num_experts)
+        return Dispatch.from_slots(ids_TK, weights_TK, routing.num_experts)
+
+    @staticmethod
+    def from_slots(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Dispatch:
+        """The same without capacity, of bare slots: any id from ``num_experts`` on is a null slot's."""
+        if ids_TK.device.type == "cpu" and is_eager(ids_TK):
+            return _dropless_on_host(ids_TK, weights_TK, num_experts)
+        return _dropless(ids_TK, weights_TK, num_experts)
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """``[T, D]`` to ``[N, D]``: each row gets its token's features; padding rows get zeros."""
@@ -80,19 +89,35 @@ class Dispatch:
         return torch.searchsorted(self.offsets, rows, right=True)
 
 
+def _dropless_on_host(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Dispatch:
+    # NumPy, because with few tokens PyTorch's overhead for some fifteen small operations is what decode would wait for;
+    # and in 16 bits, because NumPy sorts those by radix.
+    ids = np.minimum(ids_TK.reshape(-1).numpy(), num_experts)
+    counts = np.bincount(ids, minlength=num_experts + 1)[:num_experts]
+    offsets = counts.cumsum()
+    # The null slots are sorted to the end: cut them off where reading their number costs nothing.
+    num_rows = int(offsets[-1])
+    narrow = ids.astype(np.uint16) if num_experts < 1 << 16 else ids
+    permutation = narrow.argsort(kind="stable")[:num_rows]
+    inverse = np.full(ids.size, num_rows)
+    inverse[permutation] = np.arange(num_rows)
+    return Dispatch(
+        torch.from_numpy(permutation),
+        torch.from_numpy(inverse).view(ids_TK.shape),
+        torch.from_numpy(counts),
+        torch.from_numpy(offsets.astype(np.int32)),
+        weights_TK,
+    )
+
+
 def _dropless(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Dispatch:
-    ids = ids_TK.reshape(-1)
+    # The null slots stay as rows that belong to nobody, and N is T·K: no shape depends on the data.
+    ids = ids_TK.reshape(-1).clamp(max=num_experts)
     counts = count_slots(ids, num_experts)
     offsets = counts.cumsum(0).to(torch.int32)
     permutation = torch.sort(ids, stable=True).indices
-    num_slots = ids.numel()
-    rows = torch.arange(num_slots, device=ids.device)
-    if ids.device.type == "cpu" and num_slots and not torch.compiler.is_compiling():
-        # The null slots were sorted to the end: cut them off where reading the number costs nothing. Elsewhere they
-        # stay as rows that belong to nobody, and N is T·K.
-        rows = rows[: int(offsets[-1])]
-        permutation = permutation[: rows.numel()]
     num_rows = permutation.numel()
+    rows = torch.arange(num_rows, device=ids.device)
     inverse = torch.full_like(ids, num_rows).scatter_(0, permutation, rows).masked_fill_(ids >= num_experts, num_rows)
     return Dispatch(permutation, inverse.view_as(ids_TK), counts, offsets, weights_TK)
 

@@ -24,6 +24,7 @@ from moesaic.autotune.setting import is_tuning_on
 from moesaic.autotune.signature import Signature, bucket_of_rows, family_of, spread_of, wants_grad
 from moesaic.autotune.timings import Timings
 from moesaic.dispatch import Dispatch
+from moesaic.eager import is_eager
 from moesaic.errors import UnsupportedError
 from moesaic.experts import Backend, Choice, ExpertWeights
 from moesaic.registry import Registry
@@ -34,7 +35,6 @@ _SHARE = 0.006
 _NEVER = 1 << 62
 # Where time can be told.
 _TIMED = ["cpu", "cuda"]
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass
@@ -98,13 +98,8 @@ class Tuner:
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> tuple[Tensor, Choice]:
         """Compute a call, and say by which backend and why."""
         rows = dispatch.permutation.shape[0]
-        if (
-            not rows  # there is nothing to time
-            or type(x_TD) not in _PLAIN
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-        ):
-            return self._by_preference(x_TD, dispatch, weights)  # somebody traces or transforms the call
+        if not rows or not is_eager(x_TD):  # there is nothing to time, or somebody traces or transforms the call
+            return self._by_preference(x_TD, dispatch, weights)
         up = weights.up
         active, spread, hot = spread_of(dispatch.counts.tolist(), rows) if x_TD.is_cpu else (0, 0, False)
         grad = wants_grad(x_TD, dispatch, weights)

@@ -14,7 +14,7 @@ from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
 from moesaic.experts import ExpertBank, ExpertWeights
 from moesaic.experts.storage import ExpertStorage
-from moesaic.hf.experts import dispatch_of, weights_of
+from moesaic.hf.experts import weights_of
 
 # An expert that few tokens reach is judged by what all experts of its layer see: as if so many more rows, with the
 # layer's mean, had come to it.
@@ -97,6 +97,6 @@ def _watch(moments: _Moments) -> Any:
         else:
             hidden_states, ids_TK, weights_TK = inputs
             weights = weights_of(store)
-            moments.add(hidden_states, dispatch_of(ids_TK, weights_TK, weights.num_experts), weights)
+            moments.add(hidden_states, Dispatch.from_slots(ids_TK.long(), weights_TK, weights.num_experts), weights)
 
     return before

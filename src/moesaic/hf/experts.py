@@ -20,7 +20,6 @@ from moesaic.dispatch import Dispatch
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute_and_tell
 from moesaic.experts.storage import ExpertStorage
-from moesaic.routing import Routing
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -44,21 +43,10 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         UnsupportedError: where the module is a variant that we do not know; the message names it.
     """
     weights = weights_of(module)
-    dispatch = dispatch_of(top_k_index, top_k_weights, weights.num_experts)
+    dispatch = Dispatch.from_slots(top_k_index.long(), top_k_weights, weights.num_experts)
     y_TD, choice = compute_and_tell(hidden_states, dispatch, weights)
     module.last_choice = choice  # type: ignore[assignment]
     return y_TD.to(hidden_states.dtype)
-
-
-def dispatch_of(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Dispatch:
-    """What a router of transformers chose, as :func:`experts_forward` takes it, in the order of the experts."""
-    routing = Routing(
-        expert_ids=top_k_index.long(),
-        weights=top_k_weights,
-        # Only the number of experts is read from the scores here; the model's router keeps its own.
-        scores=top_k_weights.new_zeros(()).expand(top_k_index.shape[0], num_experts),
-    )
-    return Dispatch.from_routing(routing.without(top_k_index >= num_experts))
 
 
 def weights_of(module: nn.Module) -> ExpertWeights:

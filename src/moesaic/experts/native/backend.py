@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moesaic.dispatch import Dispatch
+from moesaic.eager import is_eager
 from moesaic.errors import ConfigError
 from moesaic.experts.backend import BACKENDS, Backend
 from moesaic.experts.native import call, library
@@ -65,18 +66,9 @@ class NativeBackend(Backend):
 
 def _is_plain(arguments: Arguments) -> bool:
     """Whether nobody looks on: no gradient is recorded, and nothing traces or transforms the call."""
-    if torch.compiler.is_compiling():
-        return False
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
         return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and type(arguments.x_TD) in _PLAIN
-        and type(arguments.up) in _PLAIN
-    )
+    return is_eager(arguments.x_TD, arguments.up)
 
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 BACKENDS.register("native")(NativeBackend())

@@ -19,12 +19,33 @@ template <class Kind, class Reader>
 struct Dot {
   typedef typename Kind::Element Element;
   static constexpr int most_rows = W == 16 ? 6 : 3;
+  static constexpr int CHAINS = 4;                      // sums of one output side by side
+  static constexpr int64_t DISTANCE = int64_t(8) << 10;  // bytes between what is read and what is fetched
+
+  // One row and one output, as far as whole CHAINS vectors go: one stream through memory, faster than several.
+  INLINE F line(const Reader& weights, int64_t output, const Element* row, int64_t inputs) {
+    F part[CHAINS] = {};
+    for (int64_t k = 0; k + CHAINS * Kind::width <= inputs; k += CHAINS * Kind::width) {
+      const char* const ahead = static_cast<const char*>(weights.address(output, k)) + DISTANCE;
+#pragma GCC unroll 4
+      for (int line = 0; line * 64 < CHAINS * Reader::bytes; ++line) __builtin_prefetch(ahead + line * 64);
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c)
+        part[c] = Kind::dot(weights.at(output, k + c * Kind::width), Kind::load(row + k + c * Kind::width), part[c]);
+    }
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  }
 
   template <int M, int SHARE>
   INLINE void tile(const Reader& weights, const int64_t* outputs, const char* ahead, const Element* const* rows,
                    int64_t inputs, float* sums) {
     F total[M][DOT_OUTPUTS] = {};
     int64_t k = 0;
+    if constexpr (M == 1) {
+#pragma GCC unroll 4
+      for (int j = 0; j < DOT_OUTPUTS; ++j) total[0][j] = line(weights, outputs[j], rows[0], inputs);
+      k = inputs / (CHAINS * Kind::width) * (CHAINS * Kind::width);
+    }
     for (; k + Kind::width <= inputs; k += Kind::width) {
       typename Kind::Vector w[DOT_OUTPUTS];
 #pragma GCC unroll 4

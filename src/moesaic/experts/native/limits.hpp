@@ -26,7 +26,7 @@ inline uint64_t read_all(const void* data, int64_t bytes, int32_t threads) {
   return total;
 }
 
-constexpr int CHAINS = W == 16 ? 24 : 12;  // enough independent sums to hide an instruction's latency
+constexpr int SUMS = W == 16 ? 24 : 12;  // enough independent sums to hide an instruction's latency
 
 // Keeps the compiler from working out what a loop will give.
 INLINE void opaque(F& value) {
@@ -44,19 +44,19 @@ double chains(int64_t steps, int32_t threads) {
   float kept = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : kept)
   for (int32_t part = 0; part < threads; ++part) {
-    F sums[CHAINS] = {};
+    F sums[SUMS] = {};
     U values = splat_bits(uint32_t(part));
     for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 24
-      for (int i = 0; i < CHAINS; ++i) {
+      for (int i = 0; i < SUMS; ++i) {
         sums[i] = Kind::dot_lanes(1, values, sums[i]);
         opaque(sums[i]);
       }
     }
 #pragma GCC unroll 24
-    for (int i = 0; i < CHAINS; ++i) kept += sum(sums[i]);
+    for (int i = 0; i < SUMS; ++i) kept += sum(sums[i]);
   }
-  return kept == 1.0f ? 0 : double(steps) * CHAINS * W * 2 * Kind::pack * threads;
+  return kept == 1.0f ? 0 : double(steps) * SUMS * W * 2 * Kind::pack * threads;
 }
 
 inline double multiply_adds(int32_t dtype, int64_t steps, int32_t threads) {
