@@ -94,7 +94,7 @@ def test_experts(
         for backend in ("grouped", "loop"):
             with (
                 moesaic.use_backend(backend),
-                mock.patch.object(experts, "compute", wraps=experts.compute) as ours,
+                mock.patch.object(experts, "compute_and_tell", wraps=experts.compute_and_tell) as ours,
             ):
                 got = run(module, x, ids, weights, "moesaic")
             assert ours.call_count == 1
