@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # "auto" takes the same backend in every run; the tests of the tuner have tuners of their own.
 os.environ["MOESAIC_TUNE"] = "off"
+# Threads that wait for others let them run: spinning, two workers with two threads each are many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from hypothesis import settings

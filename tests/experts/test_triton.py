@@ -24,14 +24,14 @@ HAS_GPU = torch.cuda.is_available()
 NUMBERS = Path(__file__).with_name("triton_numbers.py")
 
 
-@pytest.mark.parametrize("part", ["TestForward", "TestGradients", "TestOperators"])
+@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_numbers(part: str) -> None:
     # The interpreter of Triton 3.6 does not run with numpy 2.4.
     pytest.importorskip("triton", minversion=None if HAS_GPU else "3.7")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     if not HAS_GPU:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{NUMBERS}::{part}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", part, str(NUMBERS)]
     told = subprocess.run(command, env=environment, cwd=NUMBERS.parents[2], capture_output=True, text=True)
     assert told.returncode == 0, told.stdout[-6000:] + told.stderr[-2000:]
 
