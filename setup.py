@@ -36,7 +36,7 @@ AVX512 = [*QUIET, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"
 VARIANTS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": AVX512,
-    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 JOBS = 2  # compilations at a time
 

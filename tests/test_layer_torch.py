@@ -248,3 +248,14 @@ def test_frozen_parameters_get_no_gradient() -> None:
         with moesaic.use_backend(backend):
             layer(x).sum().backward()
         assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["experts.down_bias"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", moesaic.experts.available())
+def test_a_trace_routes_other_tokens_anew(backend: str) -> None:
+    layer = layer_of().eval().requires_grad_(False)
+    x, other = torch.randn(6, 16), torch.randn(6, 16)
+    with moesaic.use_backend(backend):
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        # The loop's slices are numbers of the traced call, as with any Python loop.
+        torch.testing.assert_close(traced(x if backend == "loop" else other), layer(x if backend == "loop" else other))

@@ -114,7 +114,7 @@ def test_our_own_layer(quantized: str | None) -> None:
     moesaic.freeze(layer)
     assert torch.equal(layer(x), wanted)
     assert {name: tensor.stride() for name, tensor in layer.state_dict().items()} == strides
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert not any(parameter.requires_grad for parameter in layer.experts.parameters())
 
 
 def test_what_has_no_experts_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.experts.native.problems import Problem, error, needs_library
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moesaic import ExpertBank, MoE, MoEConfig, use_backend
 from moesaic.experts import BACKENDS, compute
@@ -158,6 +159,18 @@ class TestMachinery:
         wanted = dict(zip(parameters, step(layer, x)[2:], strict=True))
         for name, got in torch.func.grad(loss)(parameters).items():
             assert error(got, wanted[name]) < 1e-6
+
+    def test_forward_mode_is_refused(self) -> None:
+        problem = Problem()
+        weights, dispatch = problem.expert_weights(), problem.dispatch()
+
+        def run(x: Tensor) -> Tensor:
+            return BACKENDS.get("native").run(x, dispatch, weights)
+
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            torch.func.jvp(run, (problem.x,), (problem.x,))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD"):
+            run(forward_ad.make_dual(problem.x, problem.x))
 
     def test_fake_tensors(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode

@@ -191,3 +191,13 @@ class TestRefusals:
         problem = Problem(dtype=torch.float64)
         with use_backend("auto"):
             assert compute(problem.x, problem.dispatch(), problem.expert_weights()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_codes_in_another_order_are_refused(name: str) -> None:
+    problem = Problem()
+    problem.quantize(name)
+    weights = problem.expert_weights()
+    assert BACKENDS.get("native").refusal(problem.x, weights) is None
+    turned = replace(weights, up=weights.up.transpose(1, 2).contiguous().transpose(1, 2))
+    assert "the codes of up" in str(BACKENDS.get("native").refusal(problem.x, turned))

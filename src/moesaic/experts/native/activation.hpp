@@ -68,4 +68,4 @@ struct GeluTanh {
   }
 };
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -40,6 +40,8 @@ class NativeBackend(Backend):
         for name, matrix in (("up", weights.up), ("down", weights.down)):
             if call.strides(matrix, weights.transposed) is None:
                 return f"neither the inputs nor the outputs of {name} are contiguous: its strides are {matrix.stride()}"
+            if weights.format is not None and matrix.shape[2] > 1 and matrix.stride(2) != 1:
+                return f"the codes of {name} are not in the order in which they are packed: strides {matrix.stride()}"
         return self.missing()
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:

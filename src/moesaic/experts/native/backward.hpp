@@ -175,8 +175,8 @@ struct Backward {
       const Matrix down = transposed(matrix_of(layer.down, expert, layer.d_model, layer.d_ff));
       for (int64_t b = from; b < to; ++b) {
         const Block block = plain_block(b, layer.d_ff);
-        product<Kind>(down, block, grad_rows + begin, rows.count(expert), layer.d_model, workspace,
-                      Ahead{}, [&](int64_t r, int count, const float* sums) {
+        product<Kind>(down, block, grad_rows + begin, rows.count(expert), layer.d_model, workspace, Ahead{},
+                      [&](int64_t r, int count, const float* sums) {
                         const int64_t n = begin + r - group.begin;
                         with_activation(layer.activation, [&](auto activation) {
                           differentiate<Kind, Format>(activation, layer, block, rows.number + begin + r,
@@ -201,8 +201,8 @@ struct Backward {
         const Matrix up = transposed(matrix_of(layer.up, expert, outputs(), layer.d_model));
         for (int64_t b = from; b < to; ++b) {
           const Block block = plain_block(b, layer.d_model);
-          product<Kind>(up, block, grad_pre_rows + row - group.begin, rows.count(expert), outputs(), workspace,
-                        Ahead{}, [&](int64_t r, int count, const float* sums) {
+          product<Kind>(up, block, grad_pre_rows + row - group.begin, rows.count(expert), outputs(), workspace, Ahead{},
+                        [&](int64_t r, int count, const float* sums) {
                           combine<Format>(block, rows.token + row + r, nullptr, count, sums, no_bias, grad_x.sums,
                                           layer.d_model);
                         });
@@ -214,14 +214,16 @@ struct Backward {
 
   void up_gradients(const Group& group, Counter& counter, Workspace& workspace) {
     const bool natural = layer.up.in_stride == 1;
-    outer_products(group, counter, workspace, natural ? grad_pre_rows - group.begin : x_rows, natural ? outputs() : layer.d_model,
-                   natural ? x_rows : grad_pre_rows - group.begin, natural ? layer.d_model : outputs(), gradients.up);
+    outer_products(group, counter, workspace, natural ? grad_pre_rows - group.begin : x_rows,
+                   natural ? outputs() : layer.d_model, natural ? x_rows : grad_pre_rows - group.begin,
+                   natural ? layer.d_model : outputs(), gradients.up);
   }
 
   void down_gradients(const Group& group, Counter& counter, Workspace& workspace) {
     const bool natural = layer.down.in_stride == 1;
-    outer_products(group, counter, workspace, natural ? grad_rows : hidden_rows - group.begin, natural ? layer.d_model : layer.d_ff,
-                   natural ? hidden_rows - group.begin : grad_rows, natural ? layer.d_ff : layer.d_model, gradients.down);
+    outer_products(group, counter, workspace, natural ? grad_rows : hidden_rows - group.begin,
+                   natural ? layer.d_model : layer.d_ff, natural ? hidden_rows - group.begin : grad_rows,
+                   natural ? layer.d_ff : layer.d_model, gradients.down);
   }
 
   // For each expert of the group, the sum over its rows of the outer products of `left` and `right`: [height, width].
@@ -305,4 +307,4 @@ struct Backward {
   }
 };
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -17,7 +17,6 @@ struct Block {
 struct Workspace {
   uint32_t panel[2][STEPS * W];
   float sums[BLOCK_ROWS * 2 * W];
-  char* integers;  // for the rows of a few-rows product as integers
 };
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

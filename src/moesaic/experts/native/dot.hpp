@@ -19,7 +19,7 @@ template <class Kind, class Reader>
 struct Dot {
   typedef typename Kind::Element Element;
   static constexpr int most_rows = W == 16 ? 6 : 3;
-  static constexpr int CHAINS = 4;                      // sums of one output side by side
+  static constexpr int CHAINS = 4;                       // sums of one output side by side
   static constexpr int64_t DISTANCE = int64_t(8) << 10;  // bytes between what is read and what is fetched
 
   // One row and one output, as far as whole CHAINS vectors go: one stream through memory, faster than several.
@@ -117,4 +117,4 @@ void dot_block(const Reader& weights, const Block& block, const typename Kind::E
   dot_outputs<Dot<Kind, Reader>>(weights, block, rows, num_rows, inputs, workspace.sums);
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -1,8 +1,8 @@
 // The layer's forward pass: gather, up, activation, down, weighted combine, in two sweeps over the weights.
 //
-// Up: each thread takes blocks of an expert's hidden units, for all rows of the expert. Down: each takes blocks of model
-// features, for all experts, so that it alone adds to its columns of the result: no atomics, and the same order of
-// additions with any number of threads.
+// Up: each thread takes blocks of an expert's hidden units, for all rows of the expert. Down: each takes blocks of
+// model features, for all experts, so that it alone adds to its columns of the result: no atomics, and the same order
+// of additions with any number of threads.
 #pragma once
 #include "activation.hpp"
 #include "rows.hpp"
@@ -13,12 +13,18 @@ namespace moesaic::MOESAIC_VARIANT {
 template <class Work>
 INLINE void with_activation(int activation, const Work& work) {
   switch (activation) {
-    case MOESAIC_SWIGLU: return work(Silu());
-    case MOESAIC_GEGLU: return work(Gelu<true>());
-    case MOESAIC_GEGLU_TANH: return work(GeluTanh<true>());
-    case MOESAIC_RELU: return work(Relu());
-    case MOESAIC_GELU: return work(Gelu<false>());
-    default: return work(GeluTanh<false>());
+    case MOESAIC_SWIGLU:
+      return work(Silu());
+    case MOESAIC_GEGLU:
+      return work(Gelu<true>());
+    case MOESAIC_GEGLU_TANH:
+      return work(GeluTanh<true>());
+    case MOESAIC_RELU:
+      return work(Relu());
+    case MOESAIC_GELU:
+      return work(Gelu<false>());
+    default:
+      return work(GeluTanh<false>());
   }
 }
 
@@ -258,4 +264,4 @@ int over_rows(Pass&& pass) {
   return failed;
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

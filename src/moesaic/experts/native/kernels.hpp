@@ -11,20 +11,23 @@ namespace moesaic::MOESAIC_VARIANT {
 template <class Work>
 int with_kind(int32_t dtype, const Work& work) {
   switch (dtype) {
-    case MOESAIC_F32: return work(FloatKind(), F32());
-    case MOESAIC_F16: return work(FloatKind(), F16());
+    case MOESAIC_F32:
+      return work(FloatKind(), F32());
+    case MOESAIC_F16:
+      return work(FloatKind(), F16());
 #if defined(__AVX512BF16__)
-    default: return work(Bf16Kind(), BF16());
+    default:
+      return work(Bf16Kind(), BF16());
 #else
-    default: return work(FloatKind(), BF16());
+    default:
+      return work(FloatKind(), BF16());
 #endif
   }
 }
 
 static int forward(const MoesaicLayer& layer) {
-  return with_kind(layer.dtype, [&](auto kind, auto format) {
-    return over_rows(Forward<decltype(kind), decltype(format)>(layer));
-  });
+  return with_kind(layer.dtype,
+                   [&](auto kind, auto format) { return over_rows(Forward<decltype(kind), decltype(format)>(layer)); });
 }
 
 static int backward(const MoesaicLayer& layer, const MoesaicGradients& gradients) {
@@ -36,4 +39,4 @@ static int backward(const MoesaicLayer& layer, const MoesaicGradients& gradients
 extern const Variant functions;
 const Variant functions = {forward, backward, read_all, multiply_adds};
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

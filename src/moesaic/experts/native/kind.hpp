@@ -13,7 +13,9 @@ struct FloatKind {
   typedef F Vector;
   static constexpr int width = W, pack = 1;
   INLINE Vector load(const float* from) { return read<F>(from); }
-  INLINE Vector load_some(const float* from, int count) { return moesaic::MOESAIC_VARIANT::load_some(F32(), from, count); }
+  INLINE Vector load_some(const float* from, int count) {
+    return moesaic::MOESAIC_VARIANT::load_some(F32(), from, count);
+  }
   INLINE F dot(Vector a, Vector b, F sum) { return multiply_add(a, b, sum); }
   INLINE F dot_lanes(uint32_t a, U b, F sum) { return multiply_add(as_floats(splat_bits(a)), as_floats(b), sum); }
 };
@@ -35,4 +37,4 @@ struct Bf16Kind {
 };
 #endif
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -7,16 +7,23 @@
 
 #if defined(__x86_64__)
 #define MOESAIC_X86 1
-#include <cpuid.h>
 #endif
 
 namespace moesaic {
 
-namespace portable { extern const Variant functions; }
+namespace portable {
+extern const Variant functions;
+}
 #if MOESAIC_X86
-namespace avx2 { extern const Variant functions; }
-namespace avx512 { extern const Variant functions; }
-namespace avx512_bf16 { extern const Variant functions; }
+namespace avx2 {
+extern const Variant functions;
+}
+namespace avx512 {
+extern const Variant functions;
+}
+namespace avx512_bf16 {
+extern const Variant functions;
+}
 #endif
 
 namespace {
@@ -31,9 +38,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 struct Choice {
@@ -62,7 +67,7 @@ const Choice* chosen = best();
 
 // ---- scratch ----
 
-constexpr int KEPT = 4;                          // blocks, for calls of several threads at once
+constexpr int KEPT = 4;                            // blocks, for calls of several threads at once
 constexpr size_t LARGEST_KEPT = size_t(64) << 20;  // bytes a block
 
 struct Header {

@@ -22,7 +22,8 @@ inline uint64_t read_all(const void* data, int64_t bytes, int32_t threads) {
   uint64_t total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total)
   for (int32_t part = 0; part < threads; ++part)
-    total += checksum(from + bytes / threads * part, part + 1 < threads ? from + bytes / threads * (part + 1) : from + bytes);
+    total += checksum(from + bytes / threads * part,
+                      part + 1 < threads ? from + bytes / threads * (part + 1) : from + bytes);
   return total;
 }
 
@@ -67,4 +68,4 @@ inline double multiply_adds(int32_t dtype, int64_t steps, int32_t threads) {
   return chains<FloatKind>(steps, threads);
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

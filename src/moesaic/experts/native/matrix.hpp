@@ -45,8 +45,8 @@ INLINE Matrix transposed(Matrix matrix) {
   return matrix;
 }
 
-// ---- readers: `at(output, k)` is a vector of the inputs k, k + 1, ... of an output; `some` of the last `count`; `ready`
-// says that memory holds the vectors as they are, `bytes` each ----
+// ---- readers: `at(output, k)` is a vector of the inputs k, k + 1, ... of an output; `some` of the last `count`;
+// `ready` says that memory holds the vectors as they are, `bytes` each ----
 
 template <class Kind, class Format>
 struct Floats {
@@ -73,9 +73,7 @@ struct Int8 {
   INLINE_MEMBER const int8_t* row(int64_t output) const {
     return reinterpret_cast<const int8_t*>(matrix.data + output * matrix.out_stride);
   }
-  INLINE_MEMBER F at(int64_t output, int64_t k) const {
-    return __builtin_convertvector(read<I8>(row(output) + k), F);
-  }
+  INLINE_MEMBER F at(int64_t output, int64_t k) const { return __builtin_convertvector(read<I8>(row(output) + k), F); }
   INLINE_MEMBER F some(int64_t output, int64_t k, int count) const {
     return __builtin_convertvector(read_some<I8>(row(output) + k, count), F);
   }
@@ -135,8 +133,8 @@ struct Int8<Bf16Kind> {
     return convert(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(matrix.data + output * matrix.out_stride + k)));
   }
   INLINE_MEMBER __m512bh some(int64_t output, int64_t k, int count) const {
-    return convert(_mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << count) - 1),
-                                           matrix.data + output * matrix.out_stride + k));
+    return convert(
+        _mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << count) - 1), matrix.data + output * matrix.out_stride + k));
   }
   INLINE_MEMBER int64_t row_bytes(int64_t inputs) const { return inputs; }
   INLINE_MEMBER const void* address(int64_t output, int64_t k) const {
@@ -167,11 +165,16 @@ struct Readers {
   template <class Work>
   INLINE void choose(const Matrix& matrix, const Work& work) {
     switch (matrix.format) {
-      case MOESAIC_F32: return work(Floats<Kind, F32>{matrix});
-      case MOESAIC_BF16: return work(Floats<Kind, BF16>{matrix});
-      case MOESAIC_F16: return work(Floats<Kind, F16>{matrix});
-      case MOESAIC_INT8: return work(Int8<Kind>{matrix});
-      default: return work(Int4<Kind>{matrix});
+      case MOESAIC_F32:
+        return work(Floats<Kind, F32>{matrix});
+      case MOESAIC_BF16:
+        return work(Floats<Kind, BF16>{matrix});
+      case MOESAIC_F16:
+        return work(Floats<Kind, F16>{matrix});
+      case MOESAIC_INT8:
+        return work(Int8<Kind>{matrix});
+      default:
+        return work(Int4<Kind>{matrix});
     }
   }
 };
@@ -182,12 +185,15 @@ struct Readers<Bf16Kind> {
   template <class Work>
   INLINE void choose(const Matrix& matrix, const Work& work) {
     switch (matrix.format) {
-      case MOESAIC_BF16: return work(Floats<Bf16Kind, BF16>{matrix});
-      case MOESAIC_INT8: return work(Int8<Bf16Kind>{matrix});
-      default: return work(Int4<Bf16Kind>{matrix});
+      case MOESAIC_BF16:
+        return work(Floats<Bf16Kind, BF16>{matrix});
+      case MOESAIC_INT8:
+        return work(Int8<Bf16Kind>{matrix});
+      default:
+        return work(Int4<Bf16Kind>{matrix});
     }
   }
 };
 #endif
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -1,7 +1,7 @@
 // The native expert kernels behind a C ABI: plain pointers and sizes, no PyTorch headers.
 //
-// T tokens · D model width · F expert hidden width · G = 2F for a gated activation, else F · E experts · K slots per token
-// N routed rows. The caller checks shapes and dtypes; nothing here reads past what is described.
+// T tokens · D model width · F expert hidden width · G = 2F for a gated activation, else F · E experts · K slots per
+// token N routed rows. The caller checks shapes and dtypes; nothing here reads past what is described.
 #pragma once
 #include <stdint.h>
 
@@ -39,13 +39,13 @@ enum {
 //   hold input 32p + i of the 128. Inputs beyond `in` hold nibble 8 (zero).
 typedef struct {
   const void* data;
-  const void* scale;     // null for float formats
-  const void* bias;      // [E, out] in the layer's dtype, contiguous, or null
+  const void* scale;  // null for float formats
+  const void* bias;   // [E, out] in the layer's dtype, contiguous, or null
   int64_t expert_stride;
   int64_t out_stride;
   int64_t in_stride;
   int32_t format;
-  int32_t group;         // int4 only
+  int32_t group;  // int4 only
 } MoesaicMatrix;
 
 // One call of an expert layer: y[t] = sum over the rows n of t of weight[n] * down(activation(up(x[t]))).
@@ -55,8 +55,8 @@ typedef struct {
   int32_t weights_dtype;  // of the routing weights: F32, BF16 or F16
   int32_t activation;
   int32_t threads;
-  const void* x;          // [T, D], the last dimension contiguous
-  int64_t x_stride;       // elements from token to token
+  const void* x;               // [T, D], the last dimension contiguous
+  int64_t x_stride;            // elements from token to token
   const int64_t* permutation;  // [N] slot (t * K + k) of each row, rows grouped by expert; T * K for a padding row
   const int32_t* offsets;      // [E] the row that follows each expert's last one
   const void* weights;         // [T, K] contiguous
@@ -69,13 +69,13 @@ typedef struct {
 // Where backward writes; a null pointer means that this gradient is not wanted. Weight gradients are contiguous in the
 // memory order of the weight itself ([E, out, in] where in_stride is 1, else [E, in, out]) and of the layer's dtype.
 typedef struct {
-  const void* grad_out;   // [T, D] contiguous, of the layer's dtype
-  void* x;                // [T, D] contiguous
+  const void* grad_out;  // [T, D] contiguous, of the layer's dtype
+  void* x;               // [T, D] contiguous
   void* up;
   void* down;
-  void* up_bias;          // [E, G]
-  void* down_bias;        // [E, D]
-  void* weights;          // [T, K] float32
+  void* up_bias;    // [E, G]
+  void* down_bias;  // [E, D]
+  void* weights;    // [T, K] float32
 } MoesaicGradients;
 
 // 0, or 1 where memory ran out.
@@ -95,8 +95,8 @@ MOESAIC_API int moesaic_has_openmp(void);
 
 // Reads every byte once, front to back on each thread, and returns a checksum: the measure of streaming bandwidth.
 MOESAIC_API uint64_t moesaic_read(const void* data, int64_t bytes, int32_t threads);
-// Runs `steps` rounds of independent multiply-adds of the variant's best instruction for dtype (F32 or BF16) on values in
-// registers on each thread; returns the number of floating-point operations done (a multiply-add counts two).
+// Runs `steps` rounds of independent multiply-adds of the variant's best instruction for dtype (F32 or BF16) on values
+// in registers on each thread; returns the number of floating-point operations done (a multiply-add counts two).
 MOESAIC_API double moesaic_multiply_adds(int32_t dtype, int64_t steps, int32_t threads);
 
 #ifdef __cplusplus

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moesaic.dispatch import Dispatch
 from moesaic.experts.activations import ACTIVATIONS
@@ -31,9 +32,18 @@ _DIFFERENTIABLE = [
 def experts(arguments: Arguments) -> Tensor:
     """``[T, D]``, with gradients and for tracing; :func:`call.forward` is the way without."""
     keep = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
-    operator = _Experts.apply if keep else torch.ops.moesaic.experts
+    # In forward mode too the function is asked, which refuses it; the operator would give no derivative, silently.
+    operator = _Experts.apply if keep or _is_forward_mode() else torch.ops.moesaic.experts
     out_TD: Tensor = operator(*arguments, keep)[0]  # type: ignore[no-untyped-call]
     return out_TD
+
+
+def _is_forward_mode() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack()
+    is_jvp = transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
+    return is_jvp or forward_ad._current_level >= 0
 
 
 @torch.library.custom_op("moesaic::experts", mutates_args=(), schema=f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)")

@@ -1,5 +1,5 @@
-// Many rows: weights are repacked so that the outputs lie side by side, a part of the inputs at a time, and tiles of rows
-// are multiplied with them from the first cache.
+// Many rows: weights are repacked so that the outputs lie side by side, a part of the inputs at a time, and tiles of
+// rows are multiplied with them from the first cache.
 #pragma once
 #include "block.hpp"
 
@@ -39,7 +39,8 @@ void pack_outputs(const Reader& weights, int64_t first, int count, int64_t begin
 // Inputs [begin, end) where consecutive outputs lie side by side (float formats only): copied, for bfloat16 in pairs of
 // inputs. `row_of(k)` points to the outputs of input k, which may be a row of any token's.
 template <class Kind, class Format, class RowOf>
-INLINE void pack_inputs(const RowOf& row_of, int64_t count, int64_t begin, int64_t end, uint32_t* panel, int64_t stride) {
+INLINE void pack_inputs(const RowOf& row_of, int64_t count, int64_t begin, int64_t end, uint32_t* panel,
+                        int64_t stride) {
   for (int64_t k = begin; k < end; k += Kind::pack, panel += stride) {
     U lanes = as_bits(load_up_to(Format(), row_of(k), count));
     if constexpr (Kind::pack == 2) {
@@ -144,8 +145,8 @@ struct PackedLanes {
   }
 };
 
-// The sums of up to BLOCK_ROWS rows: `pack(begin, steps)` fills the panel, `lanes_of(row, step)` are where rows begin, and
-// `fetch_of(tile, tiles)` is what to fetch meanwhile.
+// The sums of up to BLOCK_ROWS rows: `pack(begin, steps)` fills the panel, `lanes_of(row, step)` are where rows begin,
+// and `fetch_of(tile, tiles)` is what to fetch meanwhile.
 template <class Kind, class Pack, class LanesOf, class FetchOf>
 INLINE void panel_block(Workspace& workspace, int num_rows, int64_t steps, const Pack& pack, const LanesOf& lanes_of,
                         const FetchOf& fetch_of) {
@@ -184,7 +185,8 @@ __attribute__((noinline)) void panel_rows(const Matrix& matrix, const Block& blo
   panel_block<Kind>(
       workspace, num_rows, steps,
       [&](int64_t step, int64_t count) {
-        const int64_t begin = step * Kind::pack, end = begin + count * Kind::pack < inputs ? begin + count * Kind::pack : inputs;
+        const int64_t begin = step * Kind::pack,
+                      end = begin + count * Kind::pack < inputs ? begin + count * Kind::pack : inputs;
         for (int v = 0; v < 2; ++v)
           pack_panel<Kind>(matrix, block.first[v], block.count[v], begin, end, workspace.panel[v]);
       },
@@ -206,13 +208,15 @@ __attribute__((noinline)) void panel_lanes(const uint32_t* lanes, int64_t stride
   panel_block<Kind>(
       workspace, height, steps_of(num_rows, Kind::pack),
       [&](int64_t step, int64_t count) {
-        const int64_t begin = step * Kind::pack, end = begin + count * Kind::pack < num_rows ? begin + count * Kind::pack : num_rows;
+        const int64_t begin = step * Kind::pack,
+                      end = begin + count * Kind::pack < num_rows ? begin + count * Kind::pack : num_rows;
         for (int v = 0; v < 2; ++v)
-          pack_inputs<Kind, typename Kind::Format>([&](int64_t k) { return right[k] + (block.count[v] > 0 ? block.first[v] : 0); },
-                                                   block.count[v], begin, end, workspace.panel[v], W);
+          pack_inputs<Kind, typename Kind::Format>(
+              [&](int64_t k) { return right[k] + (block.count[v] > 0 ? block.first[v] : 0); }, block.count[v], begin,
+              end, workspace.panel[v], W);
       },
       [&](int row, int64_t step) { return PackedLanes{lanes + step * stride + row, stride}; },
       [&](int64_t, int64_t) -> Fetch { return {reinterpret_cast<const char*>(workspace.sums), 0}; });
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

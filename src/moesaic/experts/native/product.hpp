@@ -1,6 +1,6 @@
 // Rows of features times one expert's matrix, for a block of its outputs: what every pass of the layer is made of.
 #pragma once
-#include "dot_integers.hpp"
+#include "dot_int4.hpp"
 #include "panel.hpp"
 
 namespace moesaic::MOESAIC_VARIANT {
@@ -26,13 +26,12 @@ void product(const Matrix& matrix, const Block& block, const typename Kind::Elem
     if (by_panel) {
       panel_rows<Kind>(matrix, block, rows + begin, count, inputs, workspace, begin ? Ahead{} : ahead);
     } else {
-      Readers<Kind>::choose(matrix, [&](auto weights) {
-        dot_block<Kind>(weights, block, rows + begin, count, inputs, workspace);
-      });
+      Readers<Kind>::choose(
+          matrix, [&](auto weights) { dot_block<Kind>(weights, block, rows + begin, count, inputs, workspace); });
     }
     if (matrix.scale) scale_sums(matrix, block, count, workspace.sums);
     done(begin, count, workspace.sums);
   }
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

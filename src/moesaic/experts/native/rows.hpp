@@ -8,7 +8,7 @@ namespace moesaic::MOESAIC_VARIANT {
 // Padding rows are left out. Arrays are [N] unless said otherwise.
 struct Rows {
   int32_t* token;
-  int32_t* number;   // of the row in the caller's order
+  int32_t* number;  // of the row in the caller's order
   float* weight;
   int32_t* slot;
   int32_t* begin;    // [E + 1]
@@ -84,8 +84,8 @@ inline int64_t largest_group(const Rows& rows, int64_t most) {
 // Scratch rows of a group stay within the outer caches.
 constexpr int64_t GROUP_BYTES = int64_t(8) << 20;
 
-// [T, width] features as rows of the kind's elements, padded with zeros to whole lanes; the tensor itself where it is so
-// already.
+// [T, width] features as rows of the kind's elements, padded with zeros to whole lanes; the tensor itself where it is
+// so already.
 template <class Kind, class Format>
 struct Features {
   typedef typename Kind::Element Element;
@@ -130,4 +130,4 @@ struct Scratch {
   typename Kind::Element* row(int64_t index) const { return data + index * stride; }
 };
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -38,8 +38,8 @@ struct Counter {
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
 };
 
-// The items below `count` that fall to this thread, each with the one that follows it (or `count`): known early, so that
-// its memory can be fetched.
+// The items below `count` that fall to this thread, each with the one that follows it (or `count`): known early, so
+// that its memory can be fetched.
 template <class Work>
 inline void for_items(Counter& counter, int64_t count, const Work& work) {
   for (int64_t item = counter.next(), following; item < count; item = following) {
@@ -63,4 +63,4 @@ inline int64_t share(int64_t items, int threads, int64_t most) {
   return size < 1 ? 1 : size > most ? most : size;
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -109,7 +109,7 @@ INLINE uint16_t float_to_half(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 65536 or beyond: infinity
-  if (size < 0x38800000) {                                   // below the least normal number
+  if (size < 0x38800000) {                                 // below the least normal number
     float magnitude;
     memcpy(&magnitude, &size, 4);
     return uint16_t(sign | uint32_t(nearbyintf(magnitude * 0x1p24f)));
@@ -239,8 +239,8 @@ INLINE void store_sums(float* to, F a, F b, F c, F d) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
   const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-  const __m512 abcd = (__m512)(_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd)) +
-                      (__m512)(_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+  const __m512 abcd =
+      (__m512)(_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd)) + (__m512)(_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
   const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
   _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
@@ -338,7 +338,8 @@ INLINE F exponential(F x) {
   const F low = splat(-104.0f), high = splat(89.0f);
   x = select(x < low, low, x);  // a NaN fails both comparisons and stays
   x = select(x > high, high, x);
-  const F shifted = multiply_add(x, splat(1.44269504f), splat(0x1.8p23f));  // the low bits now hold the rounded exponent
+  const F shifted =
+      multiply_add(x, splat(1.44269504f), splat(0x1.8p23f));  // the low bits now hold the rounded exponent
   const F power = shifted - splat(0x1.8p23f);
   F rest = multiply_add(power, splat(-0x1.62e4p-1f), x);
   rest = multiply_add(power, splat(-0x1.7f7d1cp-20f), rest);
@@ -359,4 +360,4 @@ INLINE F exponential(F x) {
 #endif
 }
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT

@@ -1,4 +1,4 @@
-// Few rows times integer weights, where registers hold bfloat16 pairs: codes become numbers a register at a time.
+// Few rows times four-bit codes, where registers hold bfloat16 pairs: codes become numbers a register at a time.
 #pragma once
 #include "dot.hpp"
 
@@ -15,10 +15,10 @@ struct Dot<Bf16Kind, Int4<Bf16Kind>> {
 
   // Code minus 8 as bfloat16; 32 entries, so that the fifth bit, the next code's first, does not matter.
   INLINE __m512i values() {
-    alignas(64) static const uint16_t table[32] = {
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-        0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-        0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    alignas(64) static const uint16_t table[32] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                                   0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                                   0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                                   0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
     return _mm512_load_si512(table);
   }
 
@@ -36,8 +36,9 @@ struct Dot<Bf16Kind, Int4<Bf16Kind>> {
       const int64_t group = k >> shift;
       if (group % SCALES == 0)
         for (int j = 0; j < DOT_OUTPUTS; ++j)
-          store(F32(), scales[j], load_up_to(BF16(), matrix.scales + outputs[j] * matrix.scales_stride + group,
-                                             matrix.scales_stride - group));
+          store(F32(), scales[j],
+                load_up_to(BF16(), matrix.scales + outputs[j] * matrix.scales_stride + group,
+                           matrix.scales_stride - group));
       __m512i words[DOT_OUTPUTS];
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_OUTPUTS; ++j) words[j] = _mm512_loadu_si512(codes[j] + k / 2);
@@ -70,4 +71,4 @@ struct Dot<Bf16Kind, Int4<Bf16Kind>> {
 
 #endif
 
-}  // namespace
+}  // namespace moesaic::MOESAIC_VARIANT
