@@ -339,3 +339,29 @@ def test_the_class_is_made_once() -> None:
     assert isinstance(experts, QuantizedExperts)
     assert type(experts).__name__ == "QuantizedOlmoeExperts"
     assert type(experts) is type(second.model.layers[1].mlp.experts)
+
+
+@pytest.mark.parametrize("refusal", ["not finite", "calibration"])
+def test_a_refused_model_is_unchanged(refusal: str) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["olmoe"](), experts_implementation="moesaic")
+    first, last = (layer.mlp.experts for layer in model.model.layers)
+    before = type(first)
+    calibration = [torch.ones(2, 3)] if refusal == "calibration" else None
+    if calibration is None:
+        with torch.no_grad():
+            last.down_proj[0, 0, 0] = float("nan")
+    with pytest.raises(ConfigError, match=refusal):
+        moesaic.quantize(model, "int8", calibration=calibration)
+    assert type(first) is type(last) is before and before.__name__ == "OlmoeExperts"
+
+
+@pytest.mark.parametrize("format", [None, 8, ["int4"]])
+def test_a_format_that_is_no_name(format: Any) -> None:
+    with pytest.raises(ConfigError, match="it must be one of int8, int4"):
+        moesaic.QuantizationConfig(format)
+
+
+def test_a_bank_takes_codes_once_it_is_quantized() -> None:
+    saved, fresh = (moesaic.quantize(ExpertBank(32, 48, 4), "int4", group=32) for _ in range(2))
+    fresh.load_state_dict(saved.state_dict())
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in fresh.state_dict().items())

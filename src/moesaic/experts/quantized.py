@@ -49,6 +49,8 @@ class QuantFormat:
         Raises:
             ConfigError: for another name or group.
         """
+        if not isinstance(name, str):  # as a configuration file may have it
+            raise ConfigError(f"the weight format is {name!r}: it must be one of {', '.join(FORMATS)}")
         if name not in FORMATS:
             raise ConfigError(f"unknown weight format {name!r}: {did_you_mean(name, FORMATS)}")
         if name == "int8":

@@ -61,10 +61,17 @@ def quantize(
         raise ConfigError(f"{type(model).__name__} has no experts to quantize")
     for module in modules.values():
         check_implementation(module)
-    stores = {name: module if isinstance(module, ExpertStorage) else adopt(module) for name, module in modules.items()}
-    for store in stores.values():
-        store.check_quantizable()
-    importance = importance_of(model, stores, calibration) if calibration is not None else {}
+    classes = {name: type(module) for name, module in modules.items()}
+    try:
+        stores = {name: each if isinstance(each, ExpertStorage) else adopt(each) for name, each in modules.items()}
+        for store in stores.values():
+            store.check_quantizable()
+        importance = importance_of(model, stores, calibration) if calibration is not None else {}
+    except BaseException:
+        # A model that is refused stays what it was.
+        for name, module in modules.items():
+            module.__class__ = classes[name]  # type: ignore[assignment]
+        raise
     for name, store in stores.items():
         store.quantize(chosen, importance.get(name, (None, None)))
     if isinstance(model, PreTrainedModel):
