@@ -21,6 +21,7 @@ from moesaic.autotune.process import tuner
 from moesaic.errors import ConfigError, UsageError
 from moesaic.experts import Choice, available
 from moesaic.experts.backend import BACKENDS
+from moesaic.folders import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,6 +195,19 @@ class TestExplain:
         (choice,) = autotune.explain()
         assert (choice.backend, choice.why) == (best, "measured")
         assert str(choice.signature).endswith("32-47 rows on 4-7 experts") or "8 experts" in str(choice.signature)
+
+    def test_without_a_home_nothing_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("MOESAIC_CACHE")
+        monkeypatch.setattr(Path, "home", no_home)
+        with torch.no_grad(), autotune.use_tuning("on"):
+            small_layer()(torch.randn(5, 16))
+        told = autotune.statistics()
+        assert told.file is None and told.problem is not None and "MOESAIC_CACHE" in told.problem
+        with pytest.raises(UsageError, match="set MOESAIC_CACHE"):
+            cache_folder()
 
 
 class TestLearn:

@@ -25,8 +25,9 @@ from moesaic.autotune.signature import Signature, bucket_of_rows, family_of, spr
 from moesaic.autotune.timings import Timings
 from moesaic.dispatch import Dispatch
 from moesaic.eager import is_eager
-from moesaic.errors import UnsupportedError
+from moesaic.errors import UsageError
 from moesaic.experts import Backend, Choice, ExpertWeights
+from moesaic.experts.backend import preferred
 from moesaic.registry import Registry
 
 # The share of the time of all calls that exploring, and thinking about it, may lose. Below the hundredth that is
@@ -68,8 +69,8 @@ class Tuner:
 
     Args:
         backends: the candidates.
-        remember: makes what timings of earlier processes come from and go to, when it is first needed; None to
-            remember nothing.
+        remember: makes what timings of earlier processes come from and go to, when it is first needed; None, or a
+            UsageError of it, to remember nothing.
         clock: seconds, for calls on a CPU.
         events: how calls on an accelerator are timed.
     """
@@ -85,6 +86,7 @@ class Tuner:
         self.memory: Memory | None = None
         self.timings = Timings()
         self._remember = remember
+        self._problem: str | None = None
         self._clock = clock
         self._events = events or EventTimer()
         self._lock = threading.Lock()
@@ -191,10 +193,9 @@ class Tuner:
             UnsupportedError: where none can.
         """
         timings = timings or self.known_timings()
+        preferred(x_TD, weights, self.backends)  # raises where there is none
         backends = {name: self.backends.get(name) for name in self.backends}
         able = {name: backend for name, backend in backends.items() if backend.refusal(x_TD, weights) is None}
-        if not able:
-            raise UnsupportedError(f"no backend can run this call: {_reasons(backends, x_TD, weights)}")
         model = costs(signature.family, self.backends)
         return [
             Candidate(name, able[name], model[name], timings.of(signature, name))
@@ -279,16 +280,17 @@ class Tuner:
         self.lost = max(0.0, self.lost + seconds - expected)
 
     def _by_preference(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> tuple[Tensor, Choice]:
-        backends = {name: self.backends.get(name) for name in self.backends}
-        for name in sorted(backends, key=lambda name: -backends[name].preference):
-            if backends[name].refusal(x_TD, weights) is None:
-                return backends[name].run(x_TD, dispatch, weights), Choice(name, "rule")
-        raise UnsupportedError(f"no backend can run this call: {_reasons(backends, x_TD, weights)}")
+        name = preferred(x_TD, weights, self.backends)
+        return self.backends.get(name).run(x_TD, dispatch, weights), Choice(name, "rule")
 
     def _known(self) -> Timings:
         if self.memory is None and self._remember is not None:
-            self.memory = self._remember()
-            self.memory.load(self.timings)
+            try:
+                self.memory = self._remember()
+            except UsageError as error:  # the numbers that were asked for need no memory
+                self._remember, self._problem = None, str(error)
+            else:
+                self.memory.load(self.timings)
         return self.timings
 
     def _forget_decisions(self, parts: tuple[Backend, ...]) -> None:
@@ -320,7 +322,7 @@ class Tuner:
         """What tuning has cost so far."""
         calls = sum(decision.calls for decision in self.decisions())
         file = None if self.memory is None else str(self.memory.file)
-        problem = None if self.memory is None else self.memory.problem
+        problem = self._problem if self.memory is None else self.memory.problem
         return Statistics(calls, self.seconds, self.explored, self.lost, file, problem)
 
     def start_anew(self) -> None:
@@ -328,7 +330,3 @@ class Tuner:
         self._lock = threading.Lock()
         for *_, samples in self.timings:
             samples.fresh = 0
-
-
-def _reasons(backends: dict[str, Backend], x_TD: Tensor, weights: ExpertWeights) -> str:
-    return "; ".join(f"{name}: {backend.refusal(x_TD, weights)}" for name, backend in backends.items())

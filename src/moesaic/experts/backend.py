@@ -140,18 +140,19 @@ def compute_and_tell(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -
     return BACKENDS.get(name).run(x_TD, dispatch, weights), Choice(name, "rule")
 
 
-def preferred(x_TD: Tensor, weights: ExpertWeights) -> str:
+def preferred(x_TD: Tensor, weights: ExpertWeights, backends: Registry[Backend] = BACKENDS) -> str:
     """The backend with the highest preference among those that can run this call.
 
     Raises:
-        UnsupportedError: where none can.
+        UnsupportedError: where none can, with the reason of each.
     """
-    reason: str | None = "there are none"
-    for name in sorted(BACKENDS.names(), key=lambda name: -BACKENDS.get(name).preference):
-        reason = BACKENDS.get(name).refusal(x_TD, weights)
+    reasons = []
+    for name in sorted(backends.names(), key=lambda name: -backends.get(name).preference):
+        reason = backends.get(name).refusal(x_TD, weights)
         if reason is None:
             return name
-    raise UnsupportedError(f"no backend can run this call; the last one said: {reason}")
+        reasons.append(f"{name}: {reason}")
+    raise UnsupportedError(f"no backend can run this call: {'; '.join(reasons) or 'there are none'}")
 
 
 def _fixed(name: str, x_TD: Tensor, weights: ExpertWeights) -> Backend:
