@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,9 @@ _MOST_FILES = 16
 _EVERY_SECONDS = 30.0
 _PATIENCE_SECONDS = 1.0
 _LARGEST_BUCKET = 128
+# Beyond any layer and any call; what is in between can be computed with.
+_LARGEST = 1 << 40
+_FEWEST_SECONDS, _MOST_SECONDS = 1e-12, 1e9
 _TYPES: dict[str, type] = {"str": str, "int": int, "bool": bool}
 
 # Signature and backend to seconds of a typical call and the number of timings behind them, the longest untouched first.
@@ -162,10 +164,13 @@ def _entry(told: Any) -> tuple[tuple[Signature, str], tuple[float, int]] | None:
         family = Family(**_typed(Family, told["family"]))
         signature = Signature(family=family, **_typed(Signature, told))
         backend, seconds, count = told["backend"], told["seconds"], told["count"]
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, OverflowError):
         return None
-    sound = isinstance(backend, str) and isinstance(count, int) and isinstance(seconds, int | float)
-    if not sound or count < 1 or not 0 < seconds < math.inf:
+    sound = isinstance(backend, str) and type(count) is int and type(seconds) in (int, float)
+    if not sound or not 1 <= count <= _LARGEST or not _FEWEST_SECONDS <= seconds <= _MOST_SECONDS:
+        return None
+    sizes = [family.num_experts, family.d_model, family.d_ff, family.hidden]
+    if min(sizes) < 1 or (family.device == "cpu" and family.threads < 1):
         return None
     if not (0 < signature.rows <= _LARGEST_BUCKET and 0 <= signature.spread <= _LARGEST_BUCKET):
         return None
@@ -173,7 +178,7 @@ def _entry(told: Any) -> tuple[tuple[Signature, str], tuple[float, int]] | None:
 
 
 def _typed(kind: type, told: dict[str, Any]) -> dict[str, Any]:
-    """The plain fields of a dataclass as JSON holds them; raises TypeError for one of another type."""
+    """The plain fields of a dataclass as JSON holds them; TypeError for another type, OverflowError for no size."""
     found = {}
     for field in fields(kind):
         wanted = _TYPES.get(str(field.type))
@@ -181,6 +186,8 @@ def _typed(kind: type, told: dict[str, Any]) -> dict[str, Any]:
             continue
         if type(told[field.name]) is not wanted:
             raise TypeError(field.name)
+        if wanted is int and not 0 <= told[field.name] <= _LARGEST:
+            raise OverflowError(field.name)
         found[field.name] = told[field.name]
     return found
 
