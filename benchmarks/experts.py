@@ -17,12 +17,13 @@ from typing import Any
 from moesaic.bench import Plan, Row, measure
 from moesaic.bench.field import PEERS
 from moesaic.bench.generation import run_generation
-from moesaic.bench.report import HEADER, cells, document, notes, title, write
+from moesaic.bench.report import HEADER, cells, document, make_folder, notes, title, write
 from moesaic.bench.roofline import write_roofline
 from moesaic.bench.targets import GROUPS, batches, model_verdicts, row_verdicts, trace_verdicts
 from moesaic.bench.targets import HEADER as VERDICT_HEADER
 from moesaic.bench.trace import run_trace
 from moesaic.cli.output import print_table
+from moesaic.errors import UsageError
 
 
 def main() -> int:
@@ -37,6 +38,10 @@ def main() -> int:
         parser.error(f"unknown group {unknown[0]!r}: allowed: {', '.join(GROUPS)}")
     if not 0 < options.seconds <= 3600:
         parser.error(f"--seconds is {options.seconds}: it must be above 0, and 3600 at most")
+    try:
+        make_folder(options.out)
+    except UsageError as error:
+        parser.error(str(error))
     run = Run(options.out, options.seconds)
     start = time.perf_counter()
     try:

@@ -110,6 +110,8 @@ def test_explain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         (["--seconds", "0"], "--seconds is 0.0"),
         (["--seconds", "nan"], "--seconds is nan"),
         (["--wrong"], "--wrong"),
+        (["--out", "/dev/null/nope"], "--out /dev/null/nope: cannot be written to"),
+        (["--out", "/dev/null"], "that is a file"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

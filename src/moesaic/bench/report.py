@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from moesaic.bench.experts import Result, Row
 from moesaic.bench.limits import machine
 from moesaic.bench.shapes import told_tokens
+from moesaic.errors import UsageError
 
 HEADER = (
     *("contender", "median ms", "quartiles", "GB/s", "GFLOP/s"),
@@ -27,6 +29,22 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 def rows_of(told: dict[str, Any]) -> list[Row]:
     """What :func:`document` was made of."""
     return [Row(**{**row, "results": [Result(**result) for result in row["results"]]}) for row in told["rows"]]
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that results go to, before anything is measured.
+
+    Raises:
+        UsageError: where it cannot be made, or nothing can be written into it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder}: that is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {folder}: cannot be written to: {error.strerror or error}") from error
 
 
 def write(told: dict[str, Any], path: Path) -> None:

@@ -38,7 +38,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="The same as 'moesaic bench explain'.")] = False,
 ) -> None:
-    """Measure expert layers side by side, alternating in one process, with the error of each beside its speed."""
+    """Measure expert layers side by side, alternating in one process, with the error of each beside its speed.
+
+    Without options: five rows of about 6 seconds, each after making its weights (0.8 GB): about a minute in all.
+    """
     from moesaic.errors import UsageError, did_you_mean
 
     if explain or what == "explain":
@@ -46,12 +49,12 @@ def command(
         return
     if what != "experts":
         raise UsageError(f"unknown benchmark {what!r}: {did_you_mean(what, ['experts', 'explain'])}")
-    from moesaic.bench.report import document
+    from moesaic.bench.report import document, make_folder
     from moesaic.cli.output import print_json
 
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: that is a file; name a folder")
     plan, absent = _plan(shape, tokens, dtype, routing, backends, against, seconds, backward)
+    if out is not None:
+        make_folder(out)
     for name, reason in absent.items():
         print(f"{name} does not take part: {reason}", file=sys.stderr)
     rows = _measure(plan, out, as_json)
