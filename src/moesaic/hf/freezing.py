@@ -24,6 +24,7 @@ def freeze(model: Model) -> Model:
     under an unchanged shape; and on Linux the memory of all experts moves to huge pages. Values, shapes, ``state_dict``
     and ``save_pretrained`` stay what they are, but such a tensor is not contiguous any more:
     ``safetensors.torch.save_file`` wants ``tensor.contiguous()``. Memory beyond the model's own is that of one expert.
+    A ``state_dict`` taken before is no longer valid where weights were stored transposed: it shares their old memory.
     Call it when the weights are where they stay: moving or converting them makes new memory.
 
     Args:
