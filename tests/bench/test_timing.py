@@ -21,10 +21,12 @@ def test_contenders_take_turns() -> None:
 
         return run
 
-    times, _ = alternate({"a": contender("a", 1.0), "b": contender("b", 2.0)}, {}, seconds=0, least_rounds=3)  # type: ignore[dict-item]
-    assert log == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-    assert times["a"].seconds == (1.0, 2.0, 3.0)
-    assert times["b"].seconds == (2.0, 4.0, 6.0)
+    times, _ = alternate({"a": contender("a", 1.0), "b": contender("b", 2.0)}, {}, seconds=0, least_rounds=20)  # type: ignore[dict-item]
+    rounds = [log[i : i + 2] for i in range(0, len(log), 2)]
+    assert [sorted(each) for each in rounds] == [[("a", number), ("b", number)] for number in range(20)]
+    assert {each[0][0] for each in rounds} == {"a", "b"}  # neither is always the first
+    assert times["a"].seconds[:3] == (1.0, 2.0, 3.0)
+    assert times["b"].seconds[:3] == (2.0, 4.0, 6.0)
 
 
 def test_no_more_rounds_than_allowed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass
 
@@ -75,10 +76,10 @@ def run_trace(
     before = tune_with(tuner.run)
     try:
         _warm(modules, work, names[:-1])
-        times = list[np.ndarray]()
+        times, dice = list[np.ndarray](), random.Random(seed)
         start = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - start < seconds:
-            times.append(_round(modules, work, names))
+            times.append(_round(modules, work, names, dice))
     finally:
         tune_with(before)
     return _summary(shape, [len(call.x) for call in work], names[:-1], np.array(times), tuner)
@@ -102,11 +103,11 @@ def _calls(shape: Shape, most_tokens: int, count: int, num_banks: int, seed: int
     return calls
 
 
-def _round(modules: list[nn.Module], calls: list[Call], names: list[str]) -> np.ndarray:
+def _round(modules: list[nn.Module], calls: list[Call], names: list[str], dice: random.Random) -> np.ndarray:
     """``[calls, backends]`` seconds."""
     times_CB = np.empty((len(calls), len(names)))
     for step in range(len(calls)):
-        for index, name in enumerate(names):
+        for index, name in dice.sample(list(enumerate(names)), len(names)):
             at = (step + index * _APART) % len(calls)
             times_CB[at, index] = _seconds(modules, calls[at], name)
     return times_CB
