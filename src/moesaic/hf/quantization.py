@@ -70,7 +70,7 @@ def quantize(
     except BaseException:
         # A model that is refused stays what it was.
         for name, module in modules.items():
-            module.__class__ = classes[name]  # type: ignore[assignment]
+            module.__class__ = classes[name]
         raise
     for name, store in stores.items():
         store.quantize(chosen, importance.get(name, (None, None)))
