@@ -100,9 +100,15 @@ class Decision:
         """Take the best of the guesses, unless the one in use is as good or better known."""
         usable = [guess for guess in guesses if not guess.candidate.failed] or guesses
         current = next((guess for guess in usable if guess.candidate is self.best), None)
-        if current is not None and current.candidate.samples.trusted:
-            # What was timed is given up only for what was timed too, or is believed to be better even at worst.
-            usable = [g for g in usable if g.candidate.samples.trusted or g.fearful < current.seconds]
+        if current is not None and self.calls:
+            # What computes is given up only for what was timed as well, or is believed to be better even at worst: a
+            # guess alone is tried by exploring, within its budget.
+            known = 1 if not current.candidate.samples.trusted else ENOUGH
+            usable = [
+                g
+                for g in usable
+                if g is current or len(g.candidate.samples.ratios) >= known or g.fearful < current.seconds
+            ]
         first = usable[0]
         if current is None or self.calls == 0 or first.seconds < _MARGIN * current.seconds:
             self.best, current = first.candidate, first
