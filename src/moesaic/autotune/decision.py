@@ -92,7 +92,8 @@ class Decision:
         # A machine on which all else is slower than the model says may be slow, or the others may be: hope for the one,
         # fear the other.
         far = timings.anywhere(self.signature.family, candidate.name)
-        doubt, ratio = _DOUBT["prior"], machine if far is None else far
+        # At first, what calls of quite another size took says how fast the machine is, not who is better at this size.
+        doubt, ratio = _DOUBT["prior"], machine if far is None or not self.calls else far
         hopeful = min(ratio, 1.0) if far is None else ratio / doubt
         return Guess(candidate, prior * ratio, prior * hopeful, prior * max(ratio, 1.0) * doubt, "prior")
 
@@ -101,13 +102,14 @@ class Decision:
         usable = [guess for guess in guesses if not guess.candidate.failed] or guesses
         current = next((guess for guess in usable if guess.candidate is self.best), None)
         if current is not None and self.calls:
-            # What computes is given up only for what was timed as well, or is believed to be better even at worst: a
-            # guess alone is tried by exploring, within its budget.
-            known = 1 if not current.candidate.samples.trusted else ENOUGH
+            # What computes is given up only for what was timed as well, or, once it is known itself, for what is
+            # believed to be better even at worst: a guess alone is tried by exploring, within its budget.
+            trusted = current.candidate.samples.trusted
+            known = ENOUGH if trusted else 1
             usable = [
                 g
                 for g in usable
-                if g is current or len(g.candidate.samples.ratios) >= known or g.fearful < current.seconds
+                if g is current or len(g.candidate.samples.ratios) >= known or (trusted and g.fearful < current.seconds)
             ]
         first = usable[0]
         if current is None or self.calls == 0 or first.seconds < _MARGIN * current.seconds:
