@@ -1,0 +1,1 @@
+"""Many requests, one model: the engine, and the server around it."""
