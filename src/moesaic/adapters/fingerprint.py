@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def _samples(tensor: Tensor) -> bytes:
     if not tensor.numel():
         return b""
     # By coordinates, so that a tensor that is not contiguous is not copied.
-    places = [axis.to(tensor.device) for axis in _places(shape)]
+    places: list[Any] = [axis.to(tensor.device) for axis in _places(shape)]
     values = tensor[(slice(None), *places)] if stacked else tensor[tuple(places)]
     rounded = values.to(torch.bfloat16) if values.is_floating_point() else values
     return rounded.cpu().contiguous().view(torch.uint8).numpy().tobytes()
