@@ -17,6 +17,7 @@ from moesaic.registry import Registry
 
 BACKENDS: Registry[Backend] = Registry("backend")
 AUTO = "auto"
+LOW_RANK = "grouped"  # the backend whose projections low-rank parts can be added to
 Tuned = Callable[[Tensor, Dispatch, ExpertWeights], tuple[Tensor, Choice]]
 
 
@@ -124,12 +125,14 @@ def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
 
 
 def compute_and_tell(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> tuple[Tensor, Choice]:
-    """:func:`compute`, and which backend did it."""
+    """:func:`compute`, and which backend did it: with low-rank parts always "grouped", whatever has been chosen."""
     device = x_TD.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device)
         x_TD, weights = x_TD.to(dtype), weights.to(dtype)
     _check(x_TD, dispatch, weights)
+    if weights.low_rank is not None:
+        return BACKENDS.get(LOW_RANK).run(x_TD, dispatch, weights), Choice(LOW_RANK, "only")
     name = _Choice.name
     if name != AUTO:
         return _fixed(name, x_TD, weights).run(x_TD, dispatch, weights), Choice(name, "fixed")

@@ -11,6 +11,7 @@ from moesaic.dispatch import Dispatch
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.backend import compute_and_tell
 from moesaic.experts.choice import Choice
+from moesaic.experts.low_rank import low_rank_of
 from moesaic.experts.storage import ExpertStorage
 from moesaic.experts.weights import ExpertWeights
 
@@ -59,7 +60,9 @@ class ExpertBank(ExpertStorage):
     def weights(self) -> ExpertWeights:
         """The parameters as a backend takes them; no copy."""
         if self.format is None:
-            return ExpertWeights(self.up, self.down, self.activation, self.up_bias, self.down_bias)
+            return ExpertWeights(
+                self.up, self.down, self.activation, self.up_bias, self.down_bias, low_rank=low_rank_of(self)
+            )
         up, down = self.quantized()
         return ExpertWeights(
             up.codes,
@@ -70,6 +73,7 @@ class ExpertBank(ExpertStorage):
             format=self.format,
             up_scale=up.scale,
             down_scale=down.scale,
+            low_rank=low_rank_of(self),
         )
 
     def gated(self) -> bool:

@@ -29,8 +29,12 @@ class GroupedBackend(Backend):
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
         h_NG = _add_bias(_up(x_ND, weights, dispatch.offsets), weights.up_bias, dispatch)
+        if weights.low_rank is not None:
+            h_NG = weights.low_rank.add_up(h_NG, x_ND, dispatch)
         h_NF = weights.activation.apply(h_NG)
         y_ND = _add_bias(_down(h_NF, weights, dispatch.offsets), weights.down_bias, dispatch)
+        if weights.low_rank is not None:
+            y_ND = weights.low_rank.add_down(y_ND, h_NF, dispatch)
         return dispatch.combine(y_ND if weights.post_norm is None else weights.post_norm(y_ND))
 
 

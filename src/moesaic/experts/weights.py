@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesaic.errors import UnsupportedError
 from moesaic.experts.activations import Activation
+from moesaic.experts.low_rank import LowRank
 from moesaic.experts.quantized import QuantFormat, QuantizedMatrix
 
 
@@ -28,6 +29,7 @@ class ExpertWeights:
         format: None where ``up`` and ``down`` are floats; else they are codes and the two scales are there too, all
             shaped as :class:`QuantFormat` says, and never transposed.
         up_scale, down_scale: the scales of quantized weights, or None.
+        low_rank: adapters' parts, which only the backend "grouped" adds, or None.
     """
 
     up: Tensor
@@ -40,6 +42,7 @@ class ExpertWeights:
     format: QuantFormat | None = None
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
+    low_rank: LowRank | None = None
 
     @property
     def num_experts(self) -> int:

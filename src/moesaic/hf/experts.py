@@ -19,6 +19,7 @@ from moesaic import autotune  # noqa: F401  (makes "auto" tuned)
 from moesaic.dispatch import Dispatch
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute_and_tell
+from moesaic.experts.low_rank import low_rank_of
 from moesaic.experts.storage import ExpertStorage
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -64,6 +65,7 @@ def weights_of(module: nn.Module) -> ExpertWeights:
         down_bias=_parameter(module, "down_proj_bias") if biased else None,
         # transformers before 5.18 has no such flag
         post_norm=_own(module, "post_expert_norm") if getattr(module, "has_post_expert_norm", False) else None,
+        low_rank=low_rank_of(module),
     )
 
 
