@@ -175,7 +175,7 @@ struct Backward {
       const Matrix down = transposed(matrix_of(layer.down, expert, layer.d_model, layer.d_ff));
       for (int64_t b = from; b < to; ++b) {
         const Block block = plain_block(b, layer.d_ff);
-        product<Kind>(down, block, grad_rows + begin, rows.count(expert), layer.d_model, workspace, Ahead{},
+        product<Kind>(down, block, grad_rows + begin, rows.count(expert), layer.d_model, false, workspace, Ahead{},
                       [&](int64_t r, int count, const float* sums) {
                         const int64_t n = begin + r - group.begin;
                         with_activation(layer.activation, [&](auto activation) {
@@ -201,7 +201,7 @@ struct Backward {
         const Matrix up = transposed(matrix_of(layer.up, expert, outputs(), layer.d_model));
         for (int64_t b = from; b < to; ++b) {
           const Block block = plain_block(b, layer.d_model);
-          product<Kind>(up, block, grad_pre_rows + row - group.begin, rows.count(expert), outputs(), workspace, Ahead{},
+          product<Kind>(up, block, grad_pre_rows + row - group.begin, rows.count(expert), outputs(), false, workspace, Ahead{},
                         [&](int64_t r, int count, const float* sums) {
                           combine<Format>(block, rows.token + row + r, nullptr, count, sums, no_bias, grad_x.sums,
                                           layer.d_model);

@@ -13,6 +13,7 @@ from torch import Tensor
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.native import library
 from moesaic.experts.native.library import FLOATS, Gradients, Layer, Matrix
+from moesaic.experts.row_invariance import is_row_invariant
 
 _FORMATS = {**FLOATS, torch.int8: library.INT8, torch.uint8: library.INT4}
 
@@ -82,6 +83,7 @@ def forward(arguments: Arguments, keep: bool) -> tuple[Tensor, Tensor | None]:
     arguments = _readable(arguments)
     x_TD = arguments.x_TD
     layer, out_TD = _layer(arguments), x_TD.new_empty(x_TD.shape)
+    layer.row_invariant = is_row_invariant()
     layer.out = out_TD.data_ptr()
     pre_NG = None
     if keep:

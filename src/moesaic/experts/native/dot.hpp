@@ -36,12 +36,13 @@ struct Dot {
     return (part[0] + part[1]) + (part[2] + part[3]);
   }
 
-  template <int M, int SHARE>
+  // With LINE a single row is read as `line` does, and so added up in another order than among others.
+  template <int M, int SHARE, bool LINE>
   INLINE void tile(const Reader& weights, const int64_t* outputs, const char* ahead, const Element* const* rows,
                    int64_t inputs, float* sums) {
     F total[M][DOT_OUTPUTS] = {};
     int64_t k = 0;
-    if constexpr (M == 1) {
+    if constexpr (LINE) {
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_OUTPUTS; ++j) total[0][j] = line(weights, outputs[j], rows[0], inputs);
       k = inputs / (CHAINS * Kind::width) * (CHAINS * Kind::width);
@@ -75,17 +76,19 @@ struct Dot {
 
 template <class Dot, int SHARE, int M = 1, class Reader, class Row>
 INLINE void dot_rows(int count, const Reader& weights, const int64_t* outputs, const char* ahead, const Row* rows,
-                     int64_t inputs, float* sums) {
-  if (count == M) {
-    Dot::template tile<M, SHARE>(weights, outputs, ahead, rows, inputs, sums);
+                     int64_t inputs, bool row_invariant, float* sums) {
+  if (count == M && M == 1 && !row_invariant) {
+    Dot::template tile<M, SHARE, M == 1>(weights, outputs, ahead, rows, inputs, sums);
+  } else if (count == M) {
+    Dot::template tile<M, SHARE, false>(weights, outputs, ahead, rows, inputs, sums);
   } else if constexpr (M < Dot::most_rows) {
-    dot_rows<Dot, SHARE, M + 1>(count, weights, outputs, ahead, rows, inputs, sums);
+    dot_rows<Dot, SHARE, M + 1>(count, weights, outputs, ahead, rows, inputs, row_invariant, sums);
   }
 }
 
 template <class Dot, class Reader, class Row>
 INLINE void dot_outputs(const Reader& weights, const Block& block, const Row* rows, int num_rows, int64_t inputs,
-                        float* sums) {
+                        bool row_invariant, float* sums) {
   const int passes = (num_rows + Dot::most_rows - 1) / Dot::most_rows;
   for (int v = 0; v < 2; ++v) {
     for (int o = 0; o < block.count[v]; o += DOT_OUTPUTS) {
@@ -98,12 +101,12 @@ INLINE void dot_outputs(const Reader& weights, const Block& block, const Row* ro
         const int begin = num_rows * pass / passes, count = num_rows * (pass + 1) / passes - begin;
         float* to = sums + begin * 2 * W + v * W + o;
         if (passes == 1) {
-          dot_rows<Dot, 4>(count, weights, outputs, ahead, rows + begin, inputs, to);
+          dot_rows<Dot, 4>(count, weights, outputs, ahead, rows + begin, inputs, row_invariant, to);
         } else if (passes <= 3) {
-          dot_rows<Dot, 2>(count, weights, outputs, ahead, rows + begin, inputs, to);
+          dot_rows<Dot, 2>(count, weights, outputs, ahead, rows + begin, inputs, row_invariant, to);
           ahead += 2 * weights.row_bytes(inputs);
         } else {
-          dot_rows<Dot, 1>(count, weights, outputs, ahead, rows + begin, inputs, to);
+          dot_rows<Dot, 1>(count, weights, outputs, ahead, rows + begin, inputs, row_invariant, to);
           ahead += weights.row_bytes(inputs);
         }
       }
@@ -113,8 +116,8 @@ INLINE void dot_outputs(const Reader& weights, const Block& block, const Row* ro
 
 template <class Kind, class Reader>
 void dot_block(const Reader& weights, const Block& block, const typename Kind::Element* const* rows, int num_rows,
-               int64_t inputs, Workspace& workspace) {
-  dot_outputs<Dot<Kind, Reader>>(weights, block, rows, num_rows, inputs, workspace.sums);
+               int64_t inputs, bool row_invariant, Workspace& workspace) {
+  dot_outputs<Dot<Kind, Reader>>(weights, block, rows, num_rows, inputs, row_invariant, workspace.sums);
 }
 
 }  // namespace moesaic::MOESAIC_VARIANT

@@ -22,7 +22,7 @@ struct Dot<Bf16Kind, Int4<Bf16Kind>> {
     return _mm512_load_si512(table);
   }
 
-  template <int M, int SHARE>
+  template <int M, int SHARE, bool>  // one row is added up as several are
   INLINE void tile(const Reader& weights, const int64_t* outputs, const char* ahead, const uint16_t* const* rows,
                    int64_t inputs, float* sums) {
     const Matrix& matrix = weights.matrix;

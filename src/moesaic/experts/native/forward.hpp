@@ -190,7 +190,8 @@ struct Forward {
 
   void up_block(int32_t expert, const Block& block, const Group& group, Workspace& workspace, const Ahead& ahead) {
     const int32_t begin = rows.begin[expert];
-    product<Kind>(up_matrix(expert), block, x_rows + begin, rows.count(expert), layer.d_model, workspace, ahead,
+    product<Kind>(up_matrix(expert), block, x_rows + begin, rows.count(expert), layer.d_model, layer.row_invariant,
+                  workspace, ahead,
                   [&](int64_t r, int count, const float* sums) {
                     Element* to = hidden.row(begin + r - group.begin) + block.first[0];
                     with_activation(layer.activation, [&](auto activation) {
@@ -224,7 +225,7 @@ struct Forward {
     for (int v = 0; v < 2; ++v)
       bias[v] = bias_of<Format>(layer.down.bias, expert * layer.d_model + block.first[v], block.count[v]);
     product<Kind>(down_matrix(expert), block, hidden_rows + begin - group.begin, rows.count(expert), layer.d_ff,
-                  workspace, ahead, [&](int64_t r, int count, const float* sums) {
+                  layer.row_invariant, workspace, ahead, [&](int64_t r, int count, const float* sums) {
                     combine<Format>(block, rows.token + begin + r, rows.weight + begin + r, count, sums, bias,
                                     result.sums, layer.d_model);
                   });

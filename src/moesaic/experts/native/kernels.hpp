@@ -1,8 +1,10 @@
 // Everything that a variant offers, for its one translation unit.
 #pragma once
+#include "attention.hpp"
 #include "backward.hpp"
 #include "forward.hpp"
 #include "limits.hpp"
+#include "linear.hpp"
 #include "variant.hpp"
 
 namespace moesaic::MOESAIC_VARIANT {
@@ -36,7 +38,17 @@ static int backward(const MoesaicLayer& layer, const MoesaicGradients& gradients
   });
 }
 
+static int linear(const MoesaicLinear& layer) {
+  return with_kind(layer.dtype,
+                   [&](auto kind, auto format) { return Linear<decltype(kind), decltype(format)>(layer).run(); });
+}
+
+static int attend(const MoesaicAttention& attention) {
+  return with_kind(attention.dtype,
+                   [&](auto, auto format) { return Attention<decltype(format)>(attention).run(); });
+}
+
 extern const Variant functions;
-const Variant functions = {forward, backward, read_all, multiply_adds};
+const Variant functions = {forward, backward, linear, attend, read_all, multiply_adds};
 
 }  // namespace moesaic::MOESAIC_VARIANT

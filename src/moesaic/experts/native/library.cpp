@@ -111,6 +111,10 @@ int moesaic_backward(const MoesaicLayer* layer, const MoesaicGradients* gradient
   return chosen->functions->backward(*layer, *gradients);
 }
 
+int moesaic_linear(const MoesaicLinear* layer) { return chosen->functions->linear(*layer); }
+
+int moesaic_attend(const MoesaicAttention* attention) { return chosen->functions->attend(*attention); }
+
 int moesaic_abi(void) { return MOESAIC_ABI; }
 
 const char* moesaic_isas(void) {

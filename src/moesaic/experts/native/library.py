@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch  # before the library: see above
 
 from moesaic.errors import ConfigError, MoesaicError, UnsupportedError, did_you_mean
 
-ABI = 1
+ABI = 2
 _FOLDER = Path(__file__).parent
 BUILT = _FOLDER / f"libmoesaic_experts{'.dylib' if sys.platform == 'darwin' else '.so'}"
 # setup.py leaves one of the two: the library, or the reason why there is none.
@@ -72,6 +72,7 @@ class Layer(Structure):
         ("down", Matrix),
         ("out", c_void_p),
         ("pre", c_void_p),
+        ("row_invariant", c_int64),
     )
 
 
@@ -89,9 +90,51 @@ class Gradients(Structure):
     )
 
 
+class Linear(Structure):
+    """``MoesaicLinear``: one call of a linear layer."""
+
+    _fields_ = (
+        ("tokens", c_int64),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("weight", Matrix),
+        ("out", c_void_p),
+        ("row_invariant", c_int64),
+    )
+
+
+class Attention(Structure):
+    """``MoesaicAttention``: one call of attention over a paged cache."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "key_width", "value_width")),
+        ("sequences", c_int64),
+        ("table_width", c_int64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("query", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("query_strides", c_int64 * 2),
+        ("key_strides", c_int64 * 2),
+        ("value_strides", c_int64 * 2),
+        *((name, c_void_p) for name in ("slots", "tables", "starts", "contexts", "sinks")),
+        *((name, c_void_p) for name in ("key_pool", "value_pool", "out")),
+        ("window", c_int64),
+        ("scaling", c_float),
+        ("softcap", c_float),
+    )
+
+
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "moesaic_forward": (c_int, (POINTER(Layer),)),
     "moesaic_backward": (c_int, (POINTER(Layer), POINTER(Gradients))),
+    "moesaic_linear": (c_int, (POINTER(Linear),)),
+    "moesaic_attend": (c_int, (POINTER(Attention),)),
     "moesaic_isas": (c_char_p, ()),
     "moesaic_isa": (c_char_p, ()),
     "moesaic_choose_isa": (c_int, (c_char_p,)),
@@ -120,6 +163,16 @@ def forward(layer: Layer) -> None:
 def backward(layer: Layer, gradients: Gradients) -> None:
     """Compute the gradients whose pointers are not null; ``layer.pre`` holds what forward wrote."""
     _done(_function("moesaic_backward")(byref(layer), byref(gradients)))
+
+
+def linear(layer: Linear) -> None:
+    """Compute ``layer.out``."""
+    _done(_function("moesaic_linear")(byref(layer)))
+
+
+def attend(attention: Attention) -> None:
+    """Store the new keys and values, and compute ``attention.out``."""
+    _done(_function("moesaic_attend")(byref(attention)))
 
 
 def isas() -> list[str]:

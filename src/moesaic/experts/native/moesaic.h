@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // What the caller was built for; changed with every change of a struct or a meaning below.
-#define MOESAIC_ABI 1
+#define MOESAIC_ABI 2
 
 // Number formats. The last two are for weights only: symmetric integers, scaled per output (int8) or per group (int4).
 enum { MOESAIC_F32 = 0, MOESAIC_BF16 = 1, MOESAIC_F16 = 2, MOESAIC_INT8 = 3, MOESAIC_INT4 = 4 };
@@ -64,6 +64,7 @@ typedef struct {
   MoesaicMatrix down;          // F -> D
   void* out;                   // [T, D] contiguous
   void* pre;                   // [N, G] contiguous: receives what goes into the activation, for backward; or null
+  int64_t row_invariant;       // 1: forward gives a token the same bits whatever other tokens there are, but slower
 } MoesaicLayer;
 
 // Where backward writes; a null pointer means that this gradient is not wanted. Weight gradients are contiguous in the
@@ -78,10 +79,51 @@ typedef struct {
   void* weights;    // [T, K] float32
 } MoesaicGradients;
 
+// A linear layer: out[t] = weight x[t] + bias. Its matrix is one "expert" of MoesaicMatrix.
+typedef struct {
+  int64_t tokens, inputs, outputs;
+  int32_t dtype;  // of x, out and the bias: F32, BF16 or F16; accumulation is in float32
+  int32_t threads;
+  const void* x;      // [T, in], the last dimension contiguous
+  int64_t x_stride;   // elements from token to token
+  MoesaicMatrix weight;
+  void* out;          // [T, out] contiguous
+  int64_t row_invariant;
+} MoesaicLinear;
+
+// Keys in a page of a KV cache.
+#define MOESAIC_PAGE 16
+
+// Causal attention of new tokens over a paged KV cache: stores their keys and values, then attends. S sequences, H
+// heads, of which H / kv_heads neighbours share keys. A row's result depends on its own sequence and position only, bit
+// for bit, however the tokens of a sequence are spread over calls.
+typedef struct {
+  int64_t tokens, heads, kv_heads, key_width, value_width, sequences, table_width;
+  int32_t dtype;  // of all but sinks: F32, BF16 or F16; computed in float32
+  int32_t threads;
+  const void* query;  // [T, H, key_width], keys [T, kv_heads, key_width], values [T, kv_heads, value_width]
+  const void* keys;
+  const void* values;
+  int64_t query_strides[2], key_strides[2], value_strides[2];  // elements from token to token, from head to head
+  const int64_t* slots;     // [T] where a token's key goes: page * MOESAIC_PAGE + place; negative: nowhere
+  const int32_t* tables;    // [S, table_width] pages of each sequence in order
+  const int32_t* starts;    // [S + 1] first new token of each sequence; the last entry is T
+  const int32_t* contexts;  // [S] keys of each sequence, its new tokens' included
+  const float* sinks;       // [H] a logit that takes part in the softmax without a value, or null
+  void* key_pool;           // [pages, kv_heads, key_width, MOESAIC_PAGE]
+  void* value_pool;         // [pages, kv_heads, MOESAIC_PAGE, value_width]
+  void* out;                // [T, H, value_width] contiguous
+  int64_t window;           // keys that a token sees, itself included; 0: all
+  float scaling, softcap;   // logits are softcap * tanh(logits / softcap), unless it is 0
+} MoesaicAttention;
+
 // 0, or 1 where memory ran out.
 MOESAIC_API int moesaic_forward(const MoesaicLayer* layer);
 // layer->pre must hold what forward wrote; layer->out is not used. Float formats only.
 MOESAIC_API int moesaic_backward(const MoesaicLayer* layer, const MoesaicGradients* gradients);
+
+MOESAIC_API int moesaic_linear(const MoesaicLinear* layer);
+MOESAIC_API int moesaic_attend(const MoesaicAttention* attention);
 
 MOESAIC_API int moesaic_abi(void);
 // Names of the instruction-set variants that this CPU can run, the best first, separated by commas; of

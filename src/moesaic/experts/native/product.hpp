@@ -16,18 +16,20 @@ INLINE void scale_sums(const Matrix& matrix, const Block& block, int num_rows, f
 }
 
 // rows[r] · matrix for the outputs of `block`; calls done(begin, count, sums) for every part of the rows, and fetches
-// `ahead` meanwhile.
+// `ahead` meanwhile. With `row_invariant` every row is added up in the same order, however many there are.
 template <class Kind, class Done>
 void product(const Matrix& matrix, const Block& block, const typename Kind::Element* const* rows, int64_t num_rows,
-             int64_t inputs, Workspace& workspace, const Ahead& ahead, const Done& done) {
-  const bool by_panel = num_rows >= PANEL_FROM || matrix.in_stride != element_size(matrix.format);
+             int64_t inputs, bool row_invariant, Workspace& workspace, const Ahead& ahead, const Done& done) {
+  const bool by_panel = (num_rows >= PANEL_FROM && !row_invariant) || matrix.in_stride != element_size(matrix.format);
   for (int64_t begin = 0; begin < num_rows; begin += BLOCK_ROWS) {
     const int count = num_rows - begin < BLOCK_ROWS ? int(num_rows - begin) : BLOCK_ROWS;
     if (by_panel) {
       panel_rows<Kind>(matrix, block, rows + begin, count, inputs, workspace, begin ? Ahead{} : ahead);
     } else {
       Readers<Kind>::choose(
-          matrix, [&](auto weights) { dot_block<Kind>(weights, block, rows + begin, count, inputs, workspace); });
+          matrix, [&](auto weights) {
+            dot_block<Kind>(weights, block, rows + begin, count, inputs, row_invariant, workspace);
+          });
     }
     if (matrix.scale) scale_sums(matrix, block, count, workspace.sums);
     done(begin, count, workspace.sums);

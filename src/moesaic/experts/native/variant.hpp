@@ -7,6 +7,8 @@ namespace moesaic {
 struct Variant {
   int (*forward)(const MoesaicLayer&);
   int (*backward)(const MoesaicLayer&, const MoesaicGradients&);
+  int (*linear)(const MoesaicLinear&);
+  int (*attend)(const MoesaicAttention&);
   uint64_t (*read)(const void* data, int64_t bytes, int32_t threads);
   double (*multiply_adds)(int32_t dtype, int64_t steps, int32_t threads);
 };
