@@ -51,7 +51,7 @@ class Tuning(ABC):
     def note(self) -> dict[str, Any]:
         """What was decided, as JSON values: kept in ``run.json``, and given back when the run is resumed."""
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027  (not every method has something to round)
         """Training has ended: round what was trained to what :meth:`save` writes, so that the same is measured."""
 
     @abstractmethod
