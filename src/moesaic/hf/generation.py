@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from moesaic.errors import ConfigError, DataError
@@ -93,7 +92,9 @@ def generate(
         DataError: for a prompt without tokens, or one that leaves no room in the model's context.
         ConfigError: for ``chat`` where the tokenizer has no chat template.
     """
-    ids_1S = _encode(tokenizer, prompt, chat).to(model.device)
+    message = {"role": "user", "content": prompt}
+    ids = chat_ids(tokenizer, [message]) if chat else prompt_ids(tokenizer, prompt)
+    ids_1S = torch.tensor([ids], device=model.device)
     prompt_tokens = ids_1S.shape[1]
     max_new_tokens = _length(model, prompt_tokens, sampling.max_new_tokens)
     set_seed(sampling.seed)
@@ -114,7 +115,7 @@ def generate(
         text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
         prompt_tokens=prompt_tokens,
         new_tokens=len(new_ids),
-        finish_reason="stop" if new_ids and new_ids[-1] in _end_ids(model) else "length",
+        finish_reason="stop" if new_ids and new_ids[-1] in end_ids(model) else "length",
         seconds=seconds,
     )
 
@@ -148,25 +149,40 @@ def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = before
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    if chat:
-        if not tokenizer.chat_template:
-            raise ConfigError("--chat needs a tokenizer with a chat template, and this model's has none")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-    if not ids:
-        # A language model continues something: where there is no text, the token that stands before any text.
-        start = _first(tokenizer.bos_token_id, tokenizer.eos_token_id)
-        if start is None:
-            raise DataError("the prompt is empty, and this model's tokenizer has no token that starts a text")
-        ids = [start]
-    return torch.tensor([ids])
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The token ids of a text to be continued, with what the tokenizer puts before any text.
+
+    Raises:
+        DataError: for a text without tokens, where the tokenizer has no token that starts a text.
+    """
+    if ids := list(tokenizer(prompt)["input_ids"]):
+        return ids
+    # A language model continues something: where there is no text, the token that stands before any text.
+    start = _first(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if start is None:
+        raise DataError("the prompt is empty, and this model's tokenizer has no token that starts a text")
+    return [start]
 
 
-def _end_ids(model: PreTrainedModel) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The token ids of a conversation in the tokenizer's chat template, up to where the assistant's answer begins.
+
+    Raises:
+        ConfigError: where the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError("a chat needs a tokenizer with a chat template, and this model's has none")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is the model author's program
+        raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The token ids after which the model has no more to say; [] where it names none."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def _first(*ids: int | None) -> int | None:
