@@ -93,6 +93,13 @@ class Problem:
         other.ids, other.format = self.ids, self.format
         return other
 
+    def part(self, first: int, last: int) -> Problem:
+        """The same layer for some of the tokens."""
+        other = self.copy()
+        other.tokens = last - first
+        other.x, other.weights, other.ids = (each[first:last] for each in (other.x, other.weights, other.ids))
+        return other
+
     def run(self, backend: str = "native") -> Tensor:
         return BACKENDS.get(backend).run(self.x, self.dispatch(), self.expert_weights())
 
