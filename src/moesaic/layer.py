@@ -80,7 +80,7 @@ class MoE(nn.Module):
 
         factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
         routing = limit_capacity(routing, factor)
-        y_TD = self.experts(x_TD, Dispatch.from_routing(routing, factor))
+        y_TD = self.experts(x_TD, self._dispatch(routing, factor))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         self.last_routing = routing.detach()
@@ -97,6 +97,13 @@ class MoE(nn.Module):
         for name, coefficient in self.config.balancing.items():
             BALANCERS.get(name).update(self.router, self.slot_counts, coefficient)
         self.slot_counts.zero_()
+
+    def _dispatch(self, routing: Routing, capacity_factor: float) -> Dispatch:
+        slots = self.experts.slots
+        if slots is None or slots.is_idle:
+            return Dispatch.from_routing(routing, capacity_factor)
+        # Without padding: the capacity that was granted is an expert's, whoever of its adapters' copies uses it.
+        return Dispatch.from_slots(slots.reroute(routing.expert_ids), routing.weights, slots.in_use)
 
     def _balance(self, routing: Routing) -> None:
         # Before capacity drops slots: a balancer must see what the router asked for, not what was granted.

@@ -26,7 +26,8 @@ class Family:
         layout: of the weights in memory: ``"plain"`` where an output's weights stand together, ``"transposed"`` where
             an input's do.
         activation: a name of ``moesaic.experts.ACTIVATIONS``, or ``"custom"``.
-        num_experts, d_model, d_ff, hidden: E, D, F, and G, which is 2F for a gated activation.
+        num_experts, d_model, d_ff, hidden: E (of the base, where adapters have more), D, F, and G, which is 2F for a
+            gated activation.
         threads: that PyTorch uses on the CPU.
         grad: whether gradients will be asked for.
     """
@@ -94,14 +95,16 @@ class Signature:
         """A number of experts with rows inside the bucket."""
         if not self.spread:
             return min(self.family.num_experts, self.typical_rows())
-        return min(self.family.num_experts, ((1 << self.spread) + (1 << self.spread >> 1)) // 2)
+        # With adapters more experts can have rows than the base has.
+        most = max(self.family.num_experts, 1 << self.spread - 1)
+        return min(most, ((1 << self.spread) + (1 << self.spread >> 1)) // 2)
 
     def __str__(self) -> str:
         first, last = lowest_rows(self.rows), lowest_rows(self.rows + 1) - 1
         text = f"{self.family} | {_range(first, max(first, last))} rows"
         if self.spread:
-            most = min(self.family.num_experts, (1 << self.spread) - 1)
-            text += f" on {_range(min(most, 1 << self.spread - 1), most)} experts"
+            fewest, most = 1 << self.spread - 1, (1 << self.spread) - 1
+            text += f" on {_range(fewest, max(fewest, min(self.family.num_experts, most)))} experts"
         return f"{text}, one of them hot" if self.hot else text
 
 
@@ -150,7 +153,7 @@ def family_of(x_TD: Tensor, weights: ExpertWeights, grad: bool) -> Family:
         # By the memory, not by the shape: freezing changes the one and keeps the other.
         layout="plain" if weights.up.stride(-2 if weights.transposed else -1) == 1 else "transposed",
         activation=weights.activation.name,
-        num_experts=weights.num_experts,
+        num_experts=weights.base_experts or weights.num_experts,
         d_model=weights.d_model,
         d_ff=weights.d_ff,
         hidden=2 * weights.d_ff if weights.activation.gated else weights.d_ff,

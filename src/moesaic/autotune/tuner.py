@@ -109,8 +109,9 @@ class Tuner:
         # All that a family or a refusal may follow from, in forms that cost nothing to read.
         key = (
             *(bucket, spread, hot, grad, x_TD.device, x_TD.dtype, x_TD.is_contiguous(), torch.get_num_threads()),
-            *(up.shape, up.dtype, up.stride(), weights.down.stride(), weights.transposed, weights.activation.name),
-            *(weights.up_bias is None, weights.post_norm is None),
+            # Not the number of slots that adapters have: the work is that of the experts with rows.
+            *(weights.base_experts or up.shape[0], up.shape[1:], up.dtype, up.stride(), weights.down.stride()),
+            *(weights.transposed, weights.activation.name, weights.up_bias is None, weights.post_norm is None),
         )
         is_stable = torch.are_deterministic_algorithms_enabled() or not is_tuning_on()
         if self._parts != (parts := self.backends.parts()):

@@ -12,6 +12,7 @@ from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.backend import compute_and_tell
 from moesaic.experts.choice import Choice
 from moesaic.experts.low_rank import low_rank_of
+from moesaic.experts.slots import ExpertSlots
 from moesaic.experts.storage import ExpertStorage
 from moesaic.experts.weights import ExpertWeights
 
@@ -24,18 +25,24 @@ class ExpertBank(ExpertStorage):
     layout of transformers' ``gate_up_proj`` and ``down_proj``. :func:`moesaic.quantize` puts the buffers ``up_codes``,
     ``up_scale``, ``down_codes`` and ``down_scale`` in the place of the two matrices.
 
+    After a forward ``last_choice`` says which backend computed it, and ``last_counts`` (``[E]`` int64, or of all slots
+    in use) how many rows each expert had. ``slots`` is None, or what an :class:`moesaic.adapters.AdapterPool` has put
+    there.
+
     Args:
         activation: a name of ``moesaic.experts.ACTIVATIONS``.
     """
 
     last_choice: Choice | None
+    last_counts: Tensor | None
+    slots: ExpertSlots | None
 
     def __init__(
         self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False
     ) -> None:
         super().__init__()
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
-        self.last_choice = None
+        self.last_choice = self.last_counts = self.slots = None
         self.activation = ACTIVATIONS.get(activation)
         width = 2 * d_ff if self.activation.gated else d_ff
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model))
@@ -81,7 +88,14 @@ class ExpertBank(ExpertStorage):
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """``[T, D]`` to ``[T, D]``: for every token the weighted sum of its experts' outputs."""
-        y_TD, self.last_choice = compute_and_tell(x_TD, dispatch, self.weights())
+        # A dispatch over another number of experts was rerouted: over the slots.
+        if self.slots is None or dispatch.num_experts == self.num_experts:
+            weights = self.weights()
+        else:
+            weights = self.slots.weights_with(low_rank_of(self))
+        y_TD, self.last_choice = compute_and_tell(x_TD, dispatch, weights)
+        if not torch.compiler.is_compiling():
+            self.last_counts = dispatch.counts
         return y_TD
 
     def extra_repr(self) -> str:

@@ -30,6 +30,7 @@ class ExpertWeights:
             shaped as :class:`QuantFormat` says, and never transposed.
         up_scale, down_scale: the scales of quantized weights, or None.
         low_rank: adapters' parts, which only the backend "grouped" adds, or None.
+        base_experts: where experts of adapters follow those of a base, how many the base has; else None.
     """
 
     up: Tensor
@@ -43,6 +44,7 @@ class ExpertWeights:
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
     low_rank: LowRank | None = None
+    base_experts: int | None = None
 
     @property
     def num_experts(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
@@ -18,8 +19,9 @@ from transformers.integrations.moe import _default_apply_gate
 from moesaic import autotune  # noqa: F401  (makes "auto" tuned)
 from moesaic.dispatch import Dispatch
 from moesaic.errors import UnsupportedError
-from moesaic.experts import ACTIVATIONS, Activation, ExpertWeights, compute_and_tell
+from moesaic.experts import ACTIVATIONS, Activation, ExpertBank, ExpertWeights, compute_and_tell
 from moesaic.experts.low_rank import low_rank_of
+from moesaic.experts.slots import ExpertSlots
 from moesaic.experts.storage import ExpertStorage
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -33,7 +35,9 @@ def is_experts_module(module: nn.Module) -> bool:
 def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[T, D]`` to ``[T, D]`` for a module of transformers' experts interface.
 
-    The module's ``last_choice`` is then the :class:`moesaic.experts.Choice` of this call.
+    The module's ``last_choice`` is then the :class:`moesaic.experts.Choice` of this call, ``last_counts`` the rows per
+    expert. Where an :class:`moesaic.adapters.AdapterPool` has put ``slots`` there, each token's experts are those of
+    its adapter.
 
     Args:
         top_k_index: ``[T, K]`` integer; ids from the number of experts on are null slots (expert parallelism's
@@ -43,10 +47,17 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Raises:
         UnsupportedError: where the module is a variant that we do not know; the message names it.
     """
-    weights = weights_of(module)
-    dispatch = Dispatch.from_slots(top_k_index.long(), top_k_weights, weights.num_experts)
+    ids_TK = top_k_index.long()
+    slots: ExpertSlots | None = getattr(module, "slots", None)
+    if slots is None or slots.is_idle:
+        weights = weights_of(module)
+    else:
+        weights, ids_TK = slots.weights_with(low_rank_of(module)), slots.reroute(ids_TK)
+    dispatch = Dispatch.from_slots(ids_TK, top_k_weights, weights.num_experts)
     y_TD, choice = compute_and_tell(hidden_states, dispatch, weights)
     module.last_choice = choice  # type: ignore[assignment]
+    if not torch.compiler.is_compiling():
+        module.last_counts = dispatch.counts
     return y_TD.to(hidden_states.dtype)
 
 
@@ -67,6 +78,14 @@ def weights_of(module: nn.Module) -> ExpertWeights:
         post_norm=_own(module, "post_expert_norm") if getattr(module, "has_post_expert_norm", False) else None,
         low_rank=low_rank_of(module),
     )
+
+
+def parameter_names(module: nn.Module) -> dict[str, str]:
+    """The tensors of the module's :class:`ExpertWeights` by the names of the module's parameters, as in
+    ``{"up": "gate_up_proj", "down": "down_proj"}``."""
+    names = {id(parameter): name for name, parameter in module.named_parameters(recurse=False)}
+    weights = module.weights() if isinstance(module, ExpertBank) else weights_of(module)
+    return {field: names[id(tensor)] for field, tensor in weights.tensors().items()}
 
 
 def _matrices(module: nn.Module, up: str) -> dict[str, Any]:
