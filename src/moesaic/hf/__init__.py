@@ -13,6 +13,7 @@ from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import experts_forward, is_experts_module
 from moesaic.hf.export import export_qwen3_moe
 from moesaic.hf.freezing import freeze
+from moesaic.hf.linears import use_native_linears
 from moesaic.hf.modeling import MoesaicForCausalLM, MoesaicModel
 from moesaic.hf.quantization import QuantizationConfig, quantize
 
@@ -32,4 +33,5 @@ __all__ = [
     "freeze",
     "is_experts_module",
     "quantize",
+    "use_native_linears",
 ]

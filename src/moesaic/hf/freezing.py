@@ -1,4 +1,4 @@
-"""Experts made ready for inference: :func:`freeze`."""
+"""A model made ready for inference: :func:`freeze`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from moesaic.errors import ConfigError
 from moesaic.experts import ExpertBank, ExpertWeights
 from moesaic.experts.native.memory import inputs_last, use_huge_pages
 from moesaic.hf.experts import weights_of
+from moesaic.hf.linears import use_native_linears
 from moesaic.hf.quantized import expert_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def freeze(model: Model) -> Model:
-    """Prepare a model's experts for inference, in place: no gradients for them, and their weights in memory as reading
-    wants them.
+    """Prepare a model for inference, in place: no gradients for its experts, their weights in memory as reading wants
+    them, and linear layers on the native kernels (:func:`moesaic.hf.use_native_linears`).
 
     On a CPU, weights that a model stores transposed (``[E, in, out]``) get the memory order of those that it does not,
     under an unchanged shape; and on Linux the memory of all experts moves to huge pages. Values, shapes, ``state_dict``
@@ -48,6 +49,7 @@ def freeze(model: Model) -> Model:
     for module, weights in zip(modules.values(), found, strict=True):
         module.requires_grad_(False)
         _lay_out(weights)
+    use_native_linears(model)
     return model
 
 

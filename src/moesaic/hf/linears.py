@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -31,23 +29,11 @@ def use_native_linears(model: nn.Module) -> int:
     return changed
 
 
-@contextmanager
-def native_linears(model: nn.Module) -> Iterator[None]:
-    """:func:`use_native_linears` for a ``with`` block."""
-    before = {module: module.__dict__.get("forward") for module in model.modules() if type(module) is nn.Linear}
-    use_native_linears(model)
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-
-
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     # What may change after the layer was prepared; the rest was checked then.
-    if torch.is_grad_enabled() or x.dtype != weight.dtype or not weight.is_cpu or not is_eager(x, weight):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != weight.dtype or not weight.is_cpu:
+        return F.linear(x, weight, bias)
+    if not is_eager(x, weight):
         return F.linear(x, weight, bias)
     return linear.linear(x, weight, bias, row_invariant=is_row_invariant())
