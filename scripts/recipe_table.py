@@ -15,7 +15,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from moesaic.train.recipe import SECTIONS
+from moesaic.train.recipe import Recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 BEGIN, END = "<!-- keys: made by scripts/recipe_table.py -->\n", "<!-- end of keys -->\n"
@@ -30,7 +30,7 @@ _LIMITS = {
 def tables() -> str:
     """One Markdown table a section."""
     parts = []
-    for name, section in SECTIONS.items():
+    for name, section in Recipe.sections().items():
         rows = ["| key | default | range | meaning |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
             default = "" if field.default is PydanticUndefined else _toml(field.default)

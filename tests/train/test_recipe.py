@@ -10,8 +10,8 @@ import pytest
 
 import moesaic
 from moesaic.errors import ConfigError, UsageError
-from moesaic.train.recipe import HARMLESS, SECTIONS, Recipe, known_keys
-from moesaic.train.recipe_file import DEMO, allowed, load_recipe, recorded_recipe
+from moesaic.train.recipe import HARMLESS, Recipe
+from moesaic.train.recipe_file import allowed, load_recipe, recorded_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -101,8 +101,8 @@ def test_without_a_file_the_demo_is_meant(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_demo_is_part_of_the_package() -> None:
-    assert DEMO.is_relative_to(Path(moesaic.__file__).parent)
-    assert (RECIPES / "demo.toml").resolve() == DEMO.resolve()
+    assert Recipe.default_file.is_relative_to(Path(moesaic.__file__).parent)
+    assert (RECIPES / "demo.toml").resolve() == Recipe.default_file.resolve()
     patterns = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "train/demo.toml" in patterns["moesaic"]
 
@@ -129,7 +129,7 @@ def test_warm_up_follows_the_steps_unless_it_is_set(words: list[str], warmup: in
 
 def test_the_demo_spells_out_every_key_that_has_a_value() -> None:
     tables = tomllib.loads((RECIPES / "demo.toml").read_text())
-    written = {f"{section}.{key}" for section in SECTIONS for key in tables[section]}
+    written = {f"{section}.{key}" for section in Recipe.sections() for key in tables[section]}
     assert written == {key for key, value in load_recipe().flat().items() if value is not None} - {"name"}
 
 
@@ -193,13 +193,13 @@ def test_differences_name_the_keys_and_leave_out_the_harmless_ones() -> None:
 
 
 def test_no_two_sections_share_a_key() -> None:
-    names = [key.split(".")[-1] for key in known_keys()]
+    names = [key.split(".")[-1] for key in Recipe.known_keys()]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("key", sorted(known_keys()))
+@pytest.mark.parametrize("key", sorted(Recipe.known_keys()))
 def test_every_key_is_described(key: str) -> None:
-    field = known_keys()[key]
+    field = Recipe.known_keys()[key]
     assert field.description
     assert allowed(field)
 

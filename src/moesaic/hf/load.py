@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,6 +50,17 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The configuration in a model folder, or in that of a training run.
+
+    Raises:
+        CheckpointError: as :func:`load_model`.
+    """
+    folder = model_folder(path)
+    with _quiet():
+        return _read(folder, "configuration", AutoConfig.from_pretrained)  # type: ignore[no-any-return]
+
+
 def model_folder(path: str | Path) -> Path:
     """The folder with ``config.json``: ``path`` itself, or the ``model/`` of the training run that it holds.
 
@@ -61,6 +73,10 @@ def model_folder(path: str | Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
+    if (path / "adapter").is_dir():
+        raise CheckpointError(
+            f"{str(path)!r} holds an adapter, not a model: give the model that it was trained from, and this as --adapter"
+        )
     if (path / "run.json").is_file():
         raise CheckpointError(
             f"the training run in {str(path)!r} has not finished, it has no model yet: go on with --resume"

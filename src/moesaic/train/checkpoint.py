@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -33,6 +33,8 @@ from moesaic.errors import CheckpointError, TrainingError
 
 MARKER = "complete.json"
 _NAME = re.compile(r"step-(\d{8,})")
+# Not strict: what is frozen is not there, and whether the rest is all there is a matter of checksums.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 # A run in one process needs no process group, and says nothing about it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -80,8 +82,11 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``.
+
+    Parameters that require no gradient never change, and are not in it.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
     device = next(model.parameters()).device
     # As bytes, which may be empty: a run that began on a CPU can then go on on a GPU.
     random = {
@@ -100,7 +105,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     state = training_state(model, optimizer, checkpoint.about["progress"])
     try:
         load(state, checkpoint_id=checkpoint.path)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED
+        )
     except (Exception, CheckpointException) as error:  # torch's is no Exception, but a BaseException
         reason = " ".join(str(_root_cause(error)).split())[:300]
         raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.data import TokenData, prepare, validation_windows
+from moesaic.data import TokenData, load_tokenizer, prepare, validation_windows
 from moesaic.data.documents import Skipped
 from moesaic.data.sources import STDLIB
 from moesaic.data.tokenizer import tokenizer_fingerprint
@@ -23,8 +23,7 @@ from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf.load import load_model, model_folder
 from moesaic.train.loss import token_losses
 from moesaic.train.precision import autocast
-from moesaic.train.recipe import Recipe
-from moesaic.train.recipe_file import recorded_recipe
+from moesaic.train.recipe import DataSettings, TextSettings
 
 LONGEST = 1024
 """Tokens per window where nothing else is known of a model."""
@@ -96,7 +95,7 @@ def evaluate(
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}: it must be at least 1")
-    positions = _positions(model)
+    positions = model_positions(model)
     if positions is not None and sequence_length > positions:
         raise ConfigError(
             f"sequence_length is {sequence_length}: it must be at most {positions}, the tokens that the model has "
@@ -156,7 +155,7 @@ def evaluate_folder(
         split: ``"validation"`` (what training holds out) or ``"all"``; by default the former, but all of sources that
             were given and are not ``stdlib``.
         sequence_length: by default the run's own, else 1024 or what the model or the shortest domain allows.
-        model: measured in the place of the folder's own, on the same text with the same tokenizer.
+        model: measured in the place of the folder's own, which is then not loaded, on the same text with its tokenizer.
 
     Raises:
         CheckpointError: where there is no usable model.
@@ -165,13 +164,15 @@ def evaluate_folder(
     """
     if split not in (None, "validation", "all"):
         raise ConfigError(f"split is {split!r}: it must be one of validation, all")
-    loaded, tokenizer = load_model(path)
-    model = model or loaded
+    if model is None:
+        model, tokenizer = load_model(path)
+    else:
+        tokenizer = load_tokenizer(str(model_folder(path)))
     run, fingerprint = _run_of(Path(path))
-    chosen = list(sources or (run.data.sources if run else [STDLIB]))
+    chosen = list(sources or (run.sources if run else [STDLIB]))
     split = split or ("all" if sources and chosen != [STDLIB] else "validation")
-    fraction = run.data.validation_fraction if run else 0.05
-    trained = run.data.vocab_size if run and sources is None and run.data.tokenizer is None else None
+    fraction = run.validation_fraction if run else 0.05
+    trained = run.vocab_size if isinstance(run, DataSettings) and not (run.tokenizer or sources) else None
     data = _prepare(chosen, tokenizer, model_folder(path), trained, fraction)
     sides = ("train", "validation") if split == "all" else ("validation",)
     tokens = {
@@ -179,7 +180,7 @@ def evaluate_folder(
         for name in sorted({name for side in sides for name in getattr(data, side)})
     }
     if sequence_length is None:
-        longest = run.data.sequence_length if run else min(LONGEST, _positions(model) or LONGEST)
+        longest = run.sequence_length if run else min(LONGEST, model_positions(model) or LONGEST)
         shortest = min((len(ids) for ids in tokens.values()), default=0)
         sequence_length = max(1, min(longest, shortest - 1))
     results = evaluate(
@@ -195,14 +196,17 @@ def evaluate_folder(
     return Evaluation(str(path), split, sequence_length, results, data.skipped, changed)
 
 
-def _run_of(path: Path) -> tuple[Recipe | None, str | None]:
-    """The recipe of the run that ``path`` is the folder of and its data's fingerprint; None where it is no run's."""
+def _run_of(path: Path) -> tuple[TextSettings | None, str | None]:
+    """``[data]`` of the run that ``path`` is the folder of, and its data's fingerprint; None where it is no run's."""
     note = path / "run.json"
     if not note.is_file():
         return None, None
     try:
         told = json.loads(note.read_text(encoding="utf-8"))
-        return recorded_recipe(told["recipe"], str(note)), told.get("data", {}).get("fingerprint")
+        tables = told["recipe"]["data"]
+        # Only a run that made a model from nothing has something to say of a tokenizer.
+        kind = DataSettings if "vocab_size" in tables else TextSettings
+        return kind.model_validate(tables), told.get("data", {}).get("fingerprint")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(note)!r} cannot be read: {error}") from error
 
@@ -221,7 +225,7 @@ def _prepare(
     return prepare(sources, tokenizer=str(folder), validation_fraction=fraction)
 
 
-def _positions(model: Any) -> int | None:
+def model_positions(model: Any) -> int | None:
     """The longest sequence that a model has positions for, or None where its configuration does not say."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,6 +1,6 @@
 """A run's folder: who may write to it, and ``run.json``, which holds everything needed to repeat the run.
 
-run.json  metrics.jsonl  tensorboard/  checkpoints/step-00000100/  model/  (and ``lock`` while a run uses it)
+run.json  metrics.jsonl  tensorboard/  checkpoints/step-00000100/  model/ or adapter/, and ``lock`` while it is used
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesaic.errors import CheckpointError, UsageError
 
 NOTE = "run.json"
 LOCK = "lock"
-_PARTS = (NOTE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "model.tmp", "report")
+_PARTS = (NOTE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "model.tmp", "adapter", "adapter.tmp", "report")
 
 
 class RunFolder:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
 
 from moesaic.data import Batches
 from moesaic.errors import TrainingError
-from moesaic.hf import MoesaicForCausalLM
-from moesaic.layer import update_balancing
+from moesaic.layer import moe_layers, update_balancing
 from moesaic.train.checkpoint import Checkpoint, restore, training_state
 from moesaic.train.loss import token_losses
 from moesaic.train.metrics import RoutingMeter, StepMetrics
@@ -36,14 +36,15 @@ class Trainer:
     The data of a step is a function of its number, and so is the learning rate: :meth:`state` has nothing else to keep.
 
     Args:
-        model: on ``device``, with float32 parameters.
+        model: on ``device``. What is trained are its parameters that require a gradient, in float32. Balancing is for
+            routers that learn: where they are frozen, its losses are not added, and nothing else of it acts.
         batches: gives ``[batch_size, S + 1]`` token ids for a step.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
     """
 
     def __init__(
         self,
-        model: MoesaicForCausalLM,
+        model: PreTrainedModel,
         batches: Batches,
         settings: TrainSettings,
         device: torch.device,
@@ -52,6 +53,8 @@ class Trainer:
         self.model, self.batches, self.settings = model.train(), batches, settings
         self.device, self.precision = device, precision
         self.optimizer = build_optimizer(model, settings)
+        routers = [parameter for layer in moe_layers(model) for parameter in layer.router.parameters()]
+        self._balances = any(parameter.requires_grad for parameter in routers)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -78,7 +81,8 @@ class Trainer:
             raise self._not_finite(loss, aux_loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        update_balancing(self.model)
+        if self._balances:
+            update_balancing(self.model)
         self.step += 1
         self.tokens += ids.shape[0] * (ids.shape[1] - 1)
         imbalance, worst, dropped = self._meter.read()
@@ -131,7 +135,8 @@ class Trainer:
         with autocast(self.device, self.precision):
             output = self._forward(input_ids=ids[:, :-1], use_cache=False)
         loss = token_losses(output.logits, ids[:, 1:]).mean()
-        return loss, output.aux_loss if output.aux_loss is not None else torch.zeros_like(loss)
+        aux_loss = output.aux_loss if self._balances else None
+        return loss, torch.zeros_like(loss) if aux_loss is None else aux_loss
 
     def _not_finite(self, loss: float, aux_loss: float, norm: float) -> NonFiniteError:
         domains = Counter(self.batches.domains(self.step))

@@ -11,7 +11,8 @@ from moesaic.train.recipe import TrainSettings
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Decoupled Weight Decay Regularization, algorithm 2) with two groups of parameters.
+    """AdamW (Decoupled Weight Decay Regularization, algorithm 2) of the parameters that require a gradient, in two
+    groups.
 
     Decay is for weight matrices, the router's and the experts' included. Norms and biases have a scale of their own,
     and a row of the embedding would shrink whenever its token is absent: these are left alone.
@@ -20,6 +21,8 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ad
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in kept
         (decayed if is_matrix else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]

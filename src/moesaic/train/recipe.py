@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a training run, in three sections.
+"""A recipe: everything that decides a run, in sections.
 
 The defaults are ordinary ones for a small model; the demo's values are in ``demo.toml`` beside this file. Docs and
 error messages are made from the descriptions and ranges below.
@@ -6,7 +6,9 @@ error messages are made from the descriptions and ranges below.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
@@ -58,8 +60,8 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class DataSettings(Section):
-    """``[data]``: the text, and how it becomes sequences."""
+class TextSettings(Section):
+    """The part of ``[data]`` that every kind of run has: the text, and how it becomes sequences."""
 
     sources: Annotated[list[str], BeforeValidator(_listed)] = Field(
         ["stdlib"],
@@ -67,13 +69,18 @@ class DataSettings(Section):
         description="'stdlib' (Python's own library: domains code and prose), PATH or DOMAIN=PATH of "
         ".txt, .md, .py, .jsonl, .parquet files and folders.",
     )
-    tokenizer: str | None = Field(None, description="Folder or name of a tokenizer; without it one is trained.")
-    vocab_size: int = Field(4096, ge=257, description="Entries of the tokenizer that is trained.")
     sequence_length: int = Field(256, ge=1, description="Tokens per sequence.")
     validation_fraction: Share = Field(0.05, description="Share of the files held out for validation.")
     mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Shares of the domains, in any unit; by default in proportion to their tokens."
     )
+
+
+class DataSettings(TextSettings):
+    """``[data]``: the text, and the tokenizer that a new model gets."""
+
+    tokenizer: str | None = Field(None, description="Folder or name of a tokenizer; without it one is trained.")
+    vocab_size: int = Field(4096, ge=257, description="Entries of the tokenizer that is trained.")
 
 
 class TrainSettings(Section):
@@ -113,41 +120,73 @@ class TrainSettings(Section):
 
 
 # Keys that do not change a single number of the run: a resumed run may have others than before.
-HARMLESS = {"name", "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep"}
+HARMLESS = frozenset({"name", "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep"})
+NAME = r"^[\w][\w.-]*$"
 
 
-class Recipe(Section):
-    """One training run; ``name`` is that of its folder under ``runs/``."""
+class RunRecipe(Section):
+    """Base of the recipes of all kinds of runs: single values, and sections, one a field.
 
-    name: str = Field("demo", pattern=r"^[\w][\w.-]*$", description="Name of the run.")
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    Attributes:
+        command: the command that runs it.
+        default_file: the recipe that is meant where none is named; without one, that of all defaults.
+        harmless: keys that change no number of a run.
+    """
+
+    command: ClassVar[str]
+    default_file: ClassVar[Path | None] = None
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+
+    name: str
+    data: TextSettings
+    train: TrainSettings
+
+    @classmethod
+    def kind(cls, tables: Mapping[str, Any], overrides: Sequence[str]) -> type[Self]:
+        """The class of recipe that TOML tables and ``key=value`` words on top of them stand for."""
+        return cls
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """Name to class of each section, as they stand in a file."""
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        found = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+        return {name: found[name] for name in sorted(found, key=lambda name: (name in ("data", "train"), name))}
+
+    @classmethod
+    def known_keys(cls) -> dict[str, FieldInfo]:
+        """Every dotted key of a recipe and its field."""
+        sections = cls.sections()
+        keys = {name: field for name, field in cls.model_fields.items() if name not in sections}
+        for name, section in sections.items():
+            keys |= {f"{name}.{key}": field for key, field in section.model_fields.items()}
+        return keys
 
     def flat(self) -> dict[str, Any]:
         """Dotted key to value, as JSON stores it; tables (``model.balancing``) are one value each."""
-        flat = {"name": self.name}
-        for section in SECTIONS:
-            values = getattr(self, section).model_dump(mode="json")
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        tables = self.model_dump(mode="json")
+        flat = {name: value for name, value in tables.items() if name not in self.sections()}
+        for section in self.sections():
+            flat |= {f"{section}.{key}": value for key, value in tables[section].items()}
         return flat
 
-    def differences(self, then: Recipe) -> list[str]:
+    def differences(self, then: RunRecipe) -> list[str]:
         """What an earlier recipe said otherwise; keys that change no number are left out."""
-        before = then.flat()
+        before, now = then.flat(), self.flat()
         return [
-            f"{key} ({before[key]!r} then, {value!r} now)"
-            for key, value in self.flat().items()
-            if before[key] != value and key not in HARMLESS
+            f"{key} ({before.get(key)!r} then, {now.get(key)!r} now)"
+            for key in now | before
+            if before.get(key) != now.get(key) and key not in self.harmless
         ]
 
 
-SECTIONS: dict[str, type[Section]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
+class Recipe(RunRecipe):
+    """One training run; ``name`` is that of its folder under ``runs/``."""
 
+    command = "train"
+    default_file = Path(__file__).with_name("demo.toml")
 
-def known_keys() -> dict[str, FieldInfo]:
-    """Every dotted key of a recipe and its field."""
-    keys = {"name": Recipe.model_fields["name"]}
-    for name, section in SECTIONS.items():
-        keys |= {f"{name}.{key}": field for key, field in section.model_fields.items()}
-    return keys
+    name: str = Field("demo", pattern=NAME, description="Name of the run.")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()

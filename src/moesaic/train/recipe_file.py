@@ -7,22 +7,21 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from moesaic.data.sources import STDLIB
 from moesaic.errors import ConfigError, UsageError
-from moesaic.train.recipe import SECTIONS, Recipe, known_keys
+from moesaic.train.recipe import DataSettings, Recipe, RunRecipe
 
-DEMO = Path(__file__).with_name("demo.toml")
-"""The recipe that is meant where none is named; ``recipes/demo.toml`` is a link to it."""
 COMMAND_LINE = "the command line"
+R = TypeVar("R", bound=RunRecipe)
 
 
-def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; without a path, the demo.
+def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+    """Read a recipe; without a path, the one that the kind of recipe has as its default: the demo.
 
     Args:
         overrides: ``key=value`` each. The key is dotted (``train.steps``) or bare (``steps``: no two sections share
@@ -33,47 +32,50 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         UsageError: where the file is missing or unreadable.
         ConfigError: where it is no TOML, a key is unknown or a value is not allowed; the message says all of them.
     """
-    return override(_read(DEMO if path is None else Path(path)), overrides)
+    path = kind.default_file if path is None else Path(path)
+    tables = {} if path is None else _read(path)
+    return override(_validated(tables, repr(str(path)), kind.kind(tables, overrides)), overrides)
 
 
-def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def override(recipe: R, overrides: Sequence[str]) -> R:
     """The recipe with ``key=value`` words applied; raises :class:`ConfigError` as :func:`load_recipe` does."""
     tables = recipe.model_dump()
     for word in overrides:
         name, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r} on {COMMAND_LINE} is not of the form key=value")
-        *sections, key = _full_key(name.strip())
+        *sections, key = _full_key(name.strip(), recipe)
         table = tables
         for section in sections:
             if not isinstance(table.get(section), dict):
                 table[section] = {}
             table = table[section]
         table[key] = _value(text)
-    return _validated(tables, COMMAND_LINE)
+    return _validated(tables, COMMAND_LINE, type(recipe))
 
 
-def with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: R) -> R:
     """The recipe with the files and folders that its data names resolved, so that it means them from anywhere.
 
     Names (``stdlib``, a tokenizer of the hub) stay, and so does what does not exist.
     """
-    tokenizer = recipe.data.tokenizer
-    changes = {
-        "sources": [source if source == STDLIB else _absolute_source(source) for source in recipe.data.sources],
-        "tokenizer": tokenizer and _absolute(tokenizer),
+    changes: dict[str, Any] = {
+        "sources": [source if source == STDLIB else _absolute_source(source) for source in recipe.data.sources]
     }
+    if isinstance(recipe.data, DataSettings) and recipe.data.tokenizer:
+        changes["tokenizer"] = absolute(recipe.data.tokenizer)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
 
 
 def _absolute_source(source: str) -> str:
     domain, equals, path = source.partition("=")
     if not equals or Path(source).exists():  # a path may hold an equals sign itself
-        return _absolute(source)
-    return f"{domain}={_absolute(path)}" if path else source
+        return absolute(source)
+    return f"{domain}={absolute(path)}" if path else source
 
 
-def _absolute(text: str) -> str:
+def absolute(text: str) -> str:
+    """The path resolved, where it exists; else the text as it is."""
     path = Path(text)
     if path.is_dir():
         return str(path.resolve())
@@ -81,12 +83,12 @@ def _absolute(text: str) -> str:
     return str(path.parent.resolve() / path.name) if path.exists() else text
 
 
-def recorded_recipe(tables: dict[str, Any], where: str) -> Recipe:
+def recorded_recipe(tables: dict[str, Any], where: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """A recipe that a run wrote down (JSON tables); ``where`` names its file in an error."""
-    return _validated(tables, repr(where))
+    return _validated(tables, repr(where), kind.kind(tables, ()))
 
 
-def _read(path: Path) -> Recipe:
+def _read(path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,7 +98,7 @@ def _read(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {str(path)!r} is not TOML: {error}") from None
     name = re.sub(r"[^\w.-]+", "_", path.stem).lstrip(".-") or "recipe"
-    return _validated({"name": name, **tables}, repr(str(path)))
+    return {"name": name, **tables}
 
 
 def _value(text: str) -> Any:
@@ -108,49 +110,50 @@ def _value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _full_key(name: str) -> list[str]:
+def _full_key(name: str, recipe: RunRecipe) -> list[str]:
     """``train.steps`` to its parts, also from ``steps``."""
-    keys = known_keys()
+    keys = recipe.known_keys()
     if "." not in name:
         matches = [key for key in keys if key.split(".")[-1] == name]
         if not matches:
-            raise _unknown(name, COMMAND_LINE)
+            raise _unknown(name, COMMAND_LINE, type(recipe))
         return matches[0].split(".")
     if ".".join(name.split(".")[:2]) not in keys:
-        raise _unknown(name, COMMAND_LINE)
+        raise _unknown(name, COMMAND_LINE, type(recipe))
     return name.split(".")
 
 
-def _validated(tables: dict[str, Any], where: str) -> Recipe:
+def _validated(tables: dict[str, Any], where: str, kind: type[R]) -> R:
     try:
-        return Recipe.model_validate(tables)
+        return kind.model_validate(tables)
     except ValidationError as error:
-        lines = dict.fromkeys(_explained(dict(one), where) for one in error.errors())
+        lines = dict.fromkeys(_explained(dict(one), where, kind) for one in error.errors())
         raise ConfigError("; ".join(lines)) from None
 
 
-def _explained(error: dict[str, Any], where: str) -> str:
+def _explained(error: dict[str, Any], where: str, kind: type[RunRecipe]) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
-        return str(_unknown(".".join(location), where))
+        return str(_unknown(".".join(location), where, kind))
     key = ".".join(location[:2])
-    if key in SECTIONS:
+    if key in kind.sections():
         return f"{key} is {error['input']!r} in {where}: it must be a table, [{key}]"
     # Deeper parts of a location are a table's own keys, places in a list, or the branches of a union.
     deeper = [part for part in location[2:3] if part not in ("bool", "int", "float", "str")]
-    return f"{'.'.join([key, *deeper])} is {error['input']!r} in {where}: it must be {allowed(known_keys()[key])}"
+    return f"{'.'.join([key, *deeper])} is {error['input']!r} in {where}: it must be {allowed(kind.known_keys()[key])}"
 
 
-def _unknown(name: str, where: str) -> ConfigError:
-    keys = list(known_keys())
+def _unknown(name: str, where: str, kind: type[RunRecipe]) -> ConfigError:
+    keys, sections = list(kind.known_keys()), kind.sections()
     by_last = {key.split(".")[-1]: key for key in keys}
     near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     near = near or [by_last[last] for last in difflib.get_close_matches(name.split(".")[-1], by_last, n=1, cutoff=0.6)]
     section = name.split(".")[0]
-    if section in SECTIONS:
-        rest = f"allowed in [{section}]: {', '.join(SECTIONS[section].model_fields)}"
+    if section in sections:
+        rest = f"allowed in [{section}]: {', '.join(sections[section].model_fields)}"
     else:
-        rest = f"allowed: name, and the keys of {', '.join(f'[{known}]' for known in SECTIONS)}"
+        single = ", ".join(key for key in keys if "." not in key)
+        rest = f"allowed: {single}, and the keys of {', '.join(f'[{known}]' for known in sections)}"
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(f"unknown recipe key {name!r} in {where}: {hint}{rest}")
 

@@ -1,4 +1,4 @@
-"""A training run from recipe to model: the order of things, and what happens when one of them fails."""
+"""A run from recipe to result: the order of things, and what happens when one of them fails."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers.utils import logging
-
-from moesaic.data import Batches, TokenData, prepare, validation_windows
+from moesaic.data import Batches, TokenData, validation_windows
 from moesaic.errors import CheckpointError, DataError, Interrupted, MoesaicError, UsageError
-from moesaic.hf import MoesaicForCausalLM
 from moesaic.train.checkpoint import Checkpoints, NoSpaceError, is_disk_full, newest_good
 from moesaic.train.describe import data_note, environment, environment_changes, life_note, now, plain, skipped_line
 from moesaic.train.display import Display
 from moesaic.train.evaluate import DomainResult, bytes_per_token, evaluate
 from moesaic.train.folder import RunFolder
+from moesaic.train.job import Built, Job, Setting, Training
 from moesaic.train.loop import NonFiniteError, Trainer, repeatable
 from moesaic.train.metrics import MetricsLog
-from moesaic.train.model import build_model, check, count_parameters
 from moesaic.train.precision import choose_device, choose_precision
-from moesaic.train.recipe import Recipe
+from moesaic.train.recipe import Recipe, RunRecipe
 from moesaic.train.recipe_file import load_recipe, override, recorded_recipe, with_absolute_paths
 from moesaic.train.signals import StopRequest
+
+R = TypeVar("R", bound=RunRecipe)
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,12 @@ class RunResult:
     """What a finished run came to.
 
     Attributes:
-        folder, model: the run's folder, and in it that of the model.
+        folder, model: the run's folder, and in it that of what it made: a model, or an adapter of one.
         before, after: validation by domain, before the first step and after the last one.
         steps, tokens: done and predicted in training, all lives of the run together.
         seconds: spent in steps.
-        parameters, active_parameters: all, and those that one token meets.
+        parameters, active_parameters: of the model, and of those the ones that one token meets.
+        trained_parameters: those that the optimizer changes.
     """
 
     folder: Path
@@ -51,11 +51,17 @@ class RunResult:
     seconds: float
     parameters: int
     active_parameters: int
+    trained_parameters: int
 
 
 def choose(
-    words: Sequence[str], out: str | Path | None = None, *, resume: bool = False, sources: Sequence[str] | None = None
-) -> tuple[Recipe, Path]:
+    words: Sequence[str],
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    sources: Sequence[str] | None = None,
+    kind: type[R] = Recipe,  # type: ignore[assignment]
+) -> tuple[R, Path]:
     """The recipe and the run folder that a command line means.
 
     Args:
@@ -63,6 +69,7 @@ def choose(
         out: ``runs/<name of the recipe>`` by default.
         resume: without a recipe file, that of the run in the folder is meant.
         sources: short for ``data.sources``.
+        kind: of recipe, and so of run.
 
     Raises:
         UsageError: for two files, a missing one, or data that is named twice.
@@ -75,12 +82,12 @@ def choose(
         raise UsageError(f"give at most one recipe file, not {len(files)}: {', '.join(files)}")
     if sources and any(word.partition("=")[0].strip() in ("data.sources", "sources") for word in overrides):
         raise UsageError("the data is named twice: give either --data or data.sources=...")
-    recipe = load_recipe(files[0] if files else None, overrides)
+    recipe = load_recipe(files[0] if files else None, overrides, kind)
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     if resume and not files:
         run = RunFolder(folder)
         run.check(resume=True, overwrite=False)
-        recipe = override(recorded_recipe(run.read()["recipe"], str(folder / "run.json")), overrides)
+        recipe = override(_recorded(run, run.read(), kind), overrides)
     if sources:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": list(sources)})})
     return with_absolute_paths(recipe), folder
@@ -95,7 +102,21 @@ def train(
     display: Display | None = None,
     cache_dir: str | Path | None = None,
 ) -> RunResult:
-    """Train by a recipe into a folder, or go on with the run that is in it.
+    """Train by a recipe into a folder, or go on with the run that is in it; see :func:`execute`."""
+    job = Training(with_absolute_paths(recipe))
+    return execute(job, folder, resume=resume, overwrite=overwrite, display=display, cache_dir=cache_dir)
+
+
+def execute(
+    job: Job,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+    cache_dir: str | Path | None = None,
+) -> RunResult:
+    """Do a job in a folder, or go on with the run that is in it.
 
     Args:
         overwrite: replace a run that is in the folder.
@@ -108,39 +129,38 @@ def train(
     """
     display = display or Display()
     run = RunFolder(Path(folder))
-    recipe = with_absolute_paths(recipe)
-    check(recipe)
+    recipe = job.recipe
+    job.check()
     device = choose_device(recipe.train.device)
     run.check(resume=resume, overwrite=overwrite)
     with repeatable(recipe.train.threads):
         display.say("reading the data")
-        data = prepare(
-            recipe.data.sources,
-            tokenizer=recipe.data.tokenizer,
-            vocab_size=recipe.data.vocab_size,
-            validation_fraction=recipe.data.validation_fraction,
-            cache_dir=cache_dir,
-        )
+        data = job.read(cache_dir)
         batches = _batches(recipe, data)
         _check_validation(recipe, data)
-        model = build_model(recipe, data.vocab_size, data.tokenizer, device)
         precision = choose_precision(recipe.train.precision, device)
-        trainer = Trainer(model, batches, recipe.train, device, precision)
-        _check_space(run, recipe, model)
+        recorded = run.read() if resume else None
+        if recorded is not None:
+            _recorded(run, recorded, type(recipe))
+        built = job.build(Setting(data, batches, device, precision, recorded, display.say))
+        trainer = Trainer(built.model, batches, recipe.train, device, precision)
+        _check_space(run, recipe, built)
         run.open(resume=resume, overwrite=overwrite)
         try:
-            return _Run(recipe, run, data, trainer, display).go(resume)
+            return _Run(job, built, run, data, trainer, display).go(resume)
         finally:
             run.close()
 
 
 class _Run:
-    """The middle part of :func:`train`: everything is ready, and the folder is ours."""
+    """The middle part of :func:`execute`: everything is ready, and the folder is ours."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, data: TokenData, trainer: Trainer, display: Display) -> None:
-        self.recipe, self.folder, self.data, self.trainer, self.display = recipe, folder, data, trainer, display
-        self.checkpoints = Checkpoints(folder.checkpoints, recipe.train.keep)
-        self.parameters, self.active_parameters = count_parameters(trainer.model)
+    def __init__(
+        self, job: Job, built: Built, folder: RunFolder, data: TokenData, trainer: Trainer, display: Display
+    ) -> None:
+        self.job, self.built, self.recipe = job, built, job.recipe
+        self.folder, self.data, self.trainer, self.display = folder, data, trainer, display
+        self.checkpoints = Checkpoints(folder.checkpoints, self.recipe.train.keep)
 
     def go(self, resume: bool) -> RunResult:
         if resume:
@@ -177,8 +197,7 @@ class _Run:
 
     def _finish(self, log: MetricsLog, stop: StopRequest) -> RunResult:
         self.checkpoints.wait()
-        after = {} if stop.received else self._validate(log)
-        go_on = f"moesaic train --resume --out {shlex.quote(str(self.folder.path))}"
+        go_on = f"moesaic {self.recipe.command} --resume --out {shlex.quote(str(self.folder.path))}"
         if stop.received and not self.trainer.step:
             raise Interrupted(
                 f"stopped by {stop.received.name} before the first step: nothing is trained or saved; "
@@ -189,20 +208,24 @@ class _Run:
                 f"stopped by {stop.received.name} after step {self.trainer.step} of {self.recipe.train.steps}, "
                 f"which is saved; go on with: {go_on}"
             )
-        self._save_model()
+        self.job.settle()
+        after = self._validate(log)
         progress = self.trainer.progress()
         before = self.folder.note["results"]["before"]
-        self.folder.write(status="finished", ended=now(), results={"before": before, "after": plain(after), **progress})
+        results = {"before": before, "after": plain(after), **progress}
+        self.job.save(self.folder.path / self.job.result, results)
+        self.folder.write(status="finished", ended=now(), results=results)
         return RunResult(
             folder=self.folder.path,
-            model=self.folder.model,
+            model=self.folder.path / self.job.result,
             before={name: DomainResult(**result) for name, result in before.items()},
             after=after,
             steps=progress["step"],
             tokens=progress["tokens"],
             seconds=progress["seconds"],
-            parameters=self.parameters,
-            active_parameters=self.active_parameters,
+            parameters=self.built.parameters,
+            active_parameters=self.built.active_parameters,
+            trained_parameters=self.built.trained_parameters,
         )
 
     def _validate(self, log: MetricsLog) -> dict[str, DomainResult]:
@@ -243,7 +266,7 @@ class _Run:
 
     def _refuse_differences(self, recipe: dict[str, Any], fingerprint: str | None) -> None:
         where = str(self.folder.path)
-        if differences := self.recipe.differences(recorded_recipe(recipe, where)):
+        if differences := self.recipe.differences(recorded_recipe(recipe, where, type(self.recipe))):
             raise CheckpointError(
                 f"the run in {where!r} cannot go on with another recipe: {'; '.join(differences)}; "
                 "leave them as they were, or start anew in another folder"
@@ -261,6 +284,7 @@ class _Run:
         life = life_note(self.trainer.step)
         self.folder.write(
             name=self.recipe.name,
+            command=self.recipe.command,
             status="running",
             started=self.folder.note.get("started", life["started"]),
             ended=None,
@@ -270,34 +294,28 @@ class _Run:
             environment=here,
             data=data_note(self.data),
             model={
-                "parameters": self.parameters,
-                "active_parameters": self.active_parameters,
-                "vocab_size": self.trainer.model.config.vocab_size,
+                "parameters": self.built.parameters,
+                "active_parameters": self.built.active_parameters,
+                "trained_parameters": self.built.trained_parameters,
+                "vocab_size": self.trainer.model.config.get_text_config().vocab_size,
             },
+            **self.built.note,
             results=self.folder.note.get("results", {}),
         )
 
     def _tell_start(self) -> None:
         counts = self.data.counts["train"]
         text = ", ".join(f"{name} {counts[name].tokens:,}" for name in self.data.domains)
+        built, trained = self.built, self.built.trained_parameters
+        part = f", {trained / 1e6:.2f} M trained" if trained != built.parameters else ""
         if self.data.skipped:
             self.display.say(f"{skipped_line(self.data.skipped)} (all in run.json)")
         self.display.say(
-            f"{self.parameters / 1e6:.1f} M parameters, {self.active_parameters / 1e6:.1f} M per token; "
+            f"{built.parameters / 1e6:.1f} M parameters, {built.active_parameters / 1e6:.1f} M per token{part}; "
             f"training tokens: {text}; {self.trainer.precision} on {self.trainer.device}; folder {self.folder.path}"
         )
         if self.trainer.step:
             self.display.say(f"going on after step {self.trainer.step}")
-
-    def _save_model(self) -> None:
-        """``model/``: weights, configuration, generation settings, tokenizer; there as a whole or not at all."""
-        making = self.folder.path / "model.tmp"
-        shutil.rmtree(making, ignore_errors=True)
-        logging.disable_progress_bar()  # the display is ours
-        self.trainer.model.save_pretrained(making)
-        self.data.tokenizer.save_pretrained(making)
-        shutil.rmtree(self.folder.model, ignore_errors=True)
-        making.rename(self.folder.model)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -322,7 +340,17 @@ class _Run:
             raise
 
 
-def _batches(recipe: Recipe, data: TokenData) -> Batches:
+def _recorded(run: RunFolder, note: dict[str, Any], kind: type[R]) -> R:
+    """The recipe of a run that is to be gone on with; refuses the run of another command."""
+    # Runs of the first version do not say which command made them.
+    if (command := note.get("command", Recipe.command)) != kind.command:
+        raise CheckpointError(
+            f"the run in {str(run.path)!r} is one of 'moesaic {command}': go on with it by that command"
+        )
+    return recorded_recipe(note["recipe"], str(run.path / "run.json"), kind)
+
+
+def _batches(recipe: RunRecipe, data: TokenData) -> Batches:
     return Batches(
         data.train,
         sequence_length=recipe.data.sequence_length,
@@ -332,16 +360,16 @@ def _batches(recipe: Recipe, data: TokenData) -> Batches:
     )
 
 
-def _check_validation(recipe: Recipe, data: TokenData) -> None:
+def _check_validation(recipe: RunRecipe, data: TokenData) -> None:
     try:
         validation_windows(data.validation, recipe.data.sequence_length)
     except DataError as error:
         raise DataError(f"the part held out for validation is too small: {error}") from None
 
 
-def _check_space(run: RunFolder, recipe: Recipe, model: MoesaicForCausalLM) -> None:
-    """Refuse a disk that cannot hold the checkpoints and the model, before hours are spent on them."""
-    parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+def _check_space(run: RunFolder, recipe: RunRecipe, built: Built) -> None:
+    """Refuse a disk that cannot hold the checkpoints and the result, before hours are spent on them."""
+    parameters = 4 * built.trained_parameters
     saves = math.ceil(recipe.train.steps / (recipe.train.save_every or recipe.train.steps))
     # Weights and two moments each; one more than are kept exists while it is written.
     needed = 3 * parameters * min(recipe.train.keep + 1, saves) + parameters
@@ -349,6 +377,7 @@ def _check_space(run: RunFolder, recipe: Recipe, model: MoesaicForCausalLM) -> N
     free = shutil.disk_usage(existing).free + (run.size() if run.path.exists() else 0)
     if free < needed:
         raise NoSpaceError(
-            f"no space left for the run in {str(run.path)!r}: its checkpoints and model need {needed / 2**20:,.0f} MiB "
-            f"and {free / 2**20:,.0f} MiB are free; choose another folder with --out, or keep fewer with train.keep"
+            f"no space left for the run in {str(run.path)!r}: its checkpoints and result need "
+            f"{needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+            "choose another folder with --out, or keep fewer with train.keep"
         )
