@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
@@ -33,6 +34,7 @@ class Task:
         base: the model that is tuned.
         batches: the training data; ``batches.batch(step)`` is ``[batch_size, S + 1]`` token ids.
         precision: ``"fp32"`` or ``"bf16"`` (autocast), in which the model is trained.
+        dtype: of the base's weights on disk; what is saved of them should be of it.
         recorded: what :meth:`Tuning.note` said when the run began, where it is resumed; else None.
         say: tells a line to whoever watches.
     """
@@ -40,6 +42,7 @@ class Task:
     base: Base
     batches: Batches
     precision: str = "fp32"
+    dtype: torch.dtype = torch.float32
     recorded: Mapping[str, Any] | None = None
     say: Callable[[str], None] = field(default=lambda line: None)
 
