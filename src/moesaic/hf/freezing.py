@@ -36,12 +36,14 @@ def freeze(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
-        ConfigError: for a model without experts.
+        ConfigError: for a model without experts, or one that is in an :class:`moesaic.adapters.AdapterPool`.
         UnsupportedError: for a variant of transformers' experts that we do not know.
     """
     modules = expert_modules(model)
     if not modules:
         raise ConfigError(f"{type(model).__name__} has no experts to freeze")
+    if any(module.__dict__.get("slots") is not None for module in modules.values()):
+        raise ConfigError("the experts are in an AdapterPool already: freeze the model before, or close the pool first")
     # All of them first: a variant that we do not know is refused before anything has been changed.
     found = [module.weights() if isinstance(module, ExpertBank) else weights_of(module) for module in modules.values()]
     # Only the experts: PyTorch multiplies by a linear layer's weight in a slower way where that needs no gradient and
