@@ -41,10 +41,13 @@ class ExpertStorage(nn.Module):
         """Refuse what :meth:`quantize` cannot do, before anything has been changed.
 
         Raises:
-            ConfigError: where the matrices are quantized already, or hold a value that is not finite.
+            ConfigError: where the matrices are quantized already, in an :class:`moesaic.adapters.AdapterPool`, or hold
+                a value that is not finite.
         """
         if self.format is not None:
             raise ConfigError(f"the experts are quantized already, as {self.format.name}")
+        if self.__dict__.get("slots") is not None:
+            raise ConfigError("the experts are in an AdapterPool, which serves float weights: close it first")
         for name in self.matrices():
             if not all(bool(torch.isfinite(weight).all()) for weight in getattr(self, name).detach()):
                 raise ConfigError(f"{name} has weights that are not finite: it cannot be quantized")
