@@ -27,11 +27,13 @@ from moesaic.errors import MoesaicError, UsageError, did_you_mean
 # Command -> its line in `moesaic --help`; the module is cli/<command>.py.
 COMMANDS: dict[str, str] = {
     "train": "Train a model by a recipe; resume an interrupted run.",
+    "finetune": "Fine-tune a model on text into an adapter of it.",
     "generate": "Continue a prompt with a model on disk.",
     "eval": "Measure a model's perplexity on text.",
     "inspect": "Write a report of how a model routes text to its experts.",
     "export": "Write a model as a plain Qwen3-MoE checkpoint.",
     "quantize": "Write a model with its experts in 8 or 4 bits.",
+    "serve": "Serve a model and its adapters by OpenAI's API, with a page.",
     "bench": "Measure expert layers side by side, correctness beside speed.",
     "doctor": "Say what this machine can do: versions, CPU, backends, speed.",
 }
