@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
 from moesaic.experts.choice import Choice
+from moesaic.experts.low_rank import LowRank, split
 from moesaic.experts.weights import ExpertWeights
 from moesaic.registry import Registry
 
 BACKENDS: Registry[Backend] = Registry("backend")
 AUTO = "auto"
-LOW_RANK = "grouped"  # the backend whose projections low-rank parts can be added to
 Tuned = Callable[[Tensor, Dispatch, ExpertWeights], tuple[Tensor, Choice]]
 
 
@@ -125,14 +126,14 @@ def compute(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
 
 
 def compute_and_tell(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> tuple[Tensor, Choice]:
-    """:func:`compute`, and which backend did it: with low-rank parts always "grouped", whatever has been chosen."""
+    """:func:`compute`, and which backend did it: that of the tokens without a low-rank part, if there are any."""
     device = x_TD.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device)
         x_TD, weights = x_TD.to(dtype), weights.to(dtype)
     _check(x_TD, dispatch, weights)
     if weights.low_rank is not None:
-        return BACKENDS.get(LOW_RANK).run(x_TD, dispatch, weights), Choice(LOW_RANK, "only")
+        return _compute_low_rank(x_TD, dispatch, weights, weights.low_rank)
     name = _Choice.name
     if name != AUTO:
         return _fixed(name, x_TD, weights).run(x_TD, dispatch, weights), Choice(name, "fixed")
@@ -141,6 +142,20 @@ def compute_and_tell(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -
         return _Choice.tuned(x_TD, dispatch, weights)
     name = preferred(x_TD, weights)
     return BACKENDS.get(name).run(x_TD, dispatch, weights), Choice(name, "rule")
+
+
+def _compute_low_rank(
+    x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights, low_rank: LowRank
+) -> tuple[Tensor, Choice]:
+    tokens_T = low_rank.tokens
+    if tokens_T is None:
+        return low_rank.compute(x_TD, dispatch, weights), Choice("low-rank", "only")
+    tokens_T = tokens_T.to(x_TD.device)
+    # A token without a part is computed as if nobody beside it had one: by the same kernel, to the same bits.
+    with_parts, others = split(dispatch, tokens_T)
+    adapted_TD = low_rank.compute(x_TD, with_parts, weights)
+    y_TD, choice = compute_and_tell(x_TD, others, replace(weights, low_rank=None))
+    return torch.where(tokens_T.unsqueeze(1), adapted_TD, y_TD), choice
 
 
 def preferred(x_TD: Tensor, weights: ExpertWeights, backends: Registry[Backend] = BACKENDS) -> str:

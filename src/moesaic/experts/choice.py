@@ -27,7 +27,7 @@ class Choice:
     """Which backend computed a call, and why.
 
     Attributes:
-        backend: its name.
+        backend: its name; ``"low-rank"`` where every token has an adapter's part, which no backend computes.
         why: ``"fixed"`` (asked for by name), ``"only"`` (no other can run the call), ``"prior"`` (by the cost model),
             ``"measured"`` (by timings), ``"exploring"`` (to time this candidate), ``"failed"`` (the candidate that was
             explored raised an error, so the best one computed the call), ``"replayed"``, or ``"rule"`` (the backends'

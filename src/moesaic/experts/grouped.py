@@ -28,13 +28,9 @@ class GroupedBackend(Backend):
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
         x_ND = dispatch.gather(x_TD)
-        h_NG = _add_bias(_up(x_ND, weights, dispatch.offsets), weights.up_bias, dispatch)
-        if weights.low_rank is not None:
-            h_NG = weights.low_rank.add_up(h_NG, x_ND, dispatch)
+        h_NG = add_bias(_up(x_ND, weights, dispatch.offsets), weights.up_bias, dispatch)
         h_NF = weights.activation.apply(h_NG)
-        y_ND = _add_bias(_down(h_NF, weights, dispatch.offsets), weights.down_bias, dispatch)
-        if weights.low_rank is not None:
-            y_ND = weights.low_rank.add_down(y_ND, h_NF, dispatch)
+        y_ND = add_bias(_down(h_NF, weights, dispatch.offsets), weights.down_bias, dispatch)
         return dispatch.combine(y_ND if weights.post_norm is None else weights.post_norm(y_ND))
 
 
@@ -50,7 +46,8 @@ def _down(h_NF: Tensor, weights: ExpertWeights, offsets_E: Tensor) -> Tensor:
     return grouped_matmul(h_NF, weights.down_EFD(), offsets_E)
 
 
-def _add_bias(h_NX: Tensor, bias_EX: Tensor | None, dispatch: Dispatch) -> Tensor:
+def add_bias(h_NX: Tensor, bias_EX: Tensor | None, dispatch: Dispatch) -> Tensor:
+    """Every row plus its expert's bias, where there are any; differentiable."""
     if bias_EX is None:
         return h_NX
     expert_of_row = dispatch.expert_of_row().clamp(max=bias_EX.shape[0] - 1)

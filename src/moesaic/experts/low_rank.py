@@ -1,34 +1,51 @@
-"""The seam for low-rank parts: what adds its own to the experts' projections, row by row."""
+"""The seam for low-rank parts: what computes the tokens whose experts have one."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.dispatch import Dispatch
 
+if TYPE_CHECKING:
+    from moesaic.experts.weights import ExpertWeights
+
 
 class LowRank(Protocol):
-    """Low-rank parts of an experts module's two matrices (LoRA: Low-Rank Adaptation of Large Language Models, eq. 3).
+    """Low-rank parts of an experts module's matrices (LoRA: Low-Rank Adaptation of Large Language Models, equation 3).
 
-    The rows are those of the dispatch that is handed over with them: a row's token and its expert follow from it.
-
-    Attributes:
-        active: whether there is anything to add in this forward.
+    They go into the projections before the activation and before the routing weights, where no fused kernel can be
+    interrupted: so whoever brings them computes their tokens, and a backend computes the others.
     """
 
     @property
-    def active(self) -> bool: ...
+    def active(self) -> bool:
+        """Whether any token of this forward has a part."""
 
-    def add_up(self, h_NG: Tensor, x_ND: Tensor, dispatch: Dispatch) -> Tensor:
-        """``h_NG``, the experts' up projection before the activation, plus the parts of ``x_ND``: ``[N, G]``."""
+    @property
+    def tokens(self) -> Tensor | None:
+        """``[T]`` boolean: which tokens have one; None: all."""
 
-    def add_down(self, y_ND: Tensor, h_NF: Tensor, dispatch: Dispatch) -> Tensor:
-        """``y_ND``, the experts' down projection, plus the parts of ``h_NF``: ``[N, D]``."""
+    def compute(self, x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
+        """``[T, D]``: what :func:`moesaic.experts.compute` gives, with the parts; of the tokens with slots only."""
 
 
 def low_rank_of(module: nn.Module) -> LowRank | None:
     """What an experts module's attribute ``low_rank`` adds in this forward; None where it is absent or at rest."""
     low_rank: LowRank | None = getattr(module, "low_rank", None)
     return low_rank if low_rank is not None and low_rank.active else None
+
+
+def split(dispatch: Dispatch, tokens_T: Tensor) -> tuple[Dispatch, Dispatch]:
+    """The slots of the tokens that ``tokens_T`` (``[T]`` boolean) names, and those of the others; each with null slots
+    in the other's places."""
+    null = dispatch.num_experts
+    expert_of_row = torch.cat([dispatch.expert_of_row(), dispatch.inverse.new_full((1,), null)])
+    ids_TK = expert_of_row[dispatch.inverse]
+    chosen_T1 = tokens_T.unsqueeze(1)
+    return (
+        Dispatch.from_slots(ids_TK.masked_fill(~chosen_T1, null), dispatch.weights, null),
+        Dispatch.from_slots(ids_TK.masked_fill(chosen_T1, null), dispatch.weights, null),
+    )

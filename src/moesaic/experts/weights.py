@@ -29,7 +29,7 @@ class ExpertWeights:
         format: None where ``up`` and ``down`` are floats; else they are codes and the two scales are there too, all
             shaped as :class:`QuantFormat` says, and never transposed.
         up_scale, down_scale: the scales of quantized weights, or None.
-        low_rank: adapters' parts, which only the backend "grouped" adds, or None.
+        low_rank: adapters' parts, which no backend computes, but :func:`compute_and_tell` does; or None.
         base_experts: where experts of adapters follow those of a base, how many the base has; else None.
     """
 
