@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
+from moesaic.adapters.pool import AdapterPool, Prepared
 from moesaic.errors import UsageError, did_you_mean
 from moesaic.serve.request import UnknownAdapterError
 
@@ -15,11 +15,11 @@ class LentAdapters:
     An adapter's pages in the prefix tree are kept under a key that no later adapter of the same name has.
 
     Args:
-        pool: an :class:`moesaic.adapters.pool.AdapterPool`, or None where there is the base only.
+        pool: None where there is the base only.
         before_unload: called with the key of the adapter's pages, once nobody uses it any more.
     """
 
-    def __init__(self, pool: Any | None, before_unload: Callable[[Hashable], None]) -> None:
+    def __init__(self, pool: AdapterPool | None, before_unload: Callable[[Hashable], None]) -> None:
         self.pool = pool
         self._before_unload = before_unload
         self.users: dict[str, int] = {}
@@ -59,7 +59,7 @@ class LentAdapters:
         if name not in self.users:
             self._unload(name)
 
-    def publish(self, prepared: Any) -> None:
+    def publish(self, prepared: Prepared) -> None:
         """Let an adapter that the pool has prepared be used."""
         if self.pool is None:
             raise UsageError("this engine has no pool of adapters")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesaic.adapters.pool import AdapterPool, Prepared
 from moesaic.errors import ConfigError, UsageError
 from moesaic.serve.adapters import LentAdapters
 from moesaic.serve.cache import make_pools, num_pages
@@ -66,13 +66,13 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: EngineSettings | None = None,
-        adapters: Any | None = None,
+        adapters: AdapterPool | None = None,
     ) -> None:
         self.settings = settings or EngineSettings()
         self.tokenizer = tokenizer
         _check(self.settings)
         context = context_limit(model, self.settings.max_context)
-        layers = prepare(model)
+        layers = prepare(model, context)
         page_size, max_batch = self.settings.page_size, self.settings.max_batch
         pages = num_pages(layers, page_size, self.settings.kv_bytes, max_batch, context)
         self._scheduler = Scheduler(pages, page_size, max_batch, self.settings.token_budget)
@@ -120,7 +120,7 @@ class Engine:
         prompt = np.asarray(request.prompt_ids, np.int64)
         sequences = [Sequence((self._arrivals, index), prompt, root, limit) for index in range(params.n)]
         for index, (sequence, state) in enumerate(zip(sequences, states, strict=True)):
-            text = TextStream(self.tokenizer, params.stop)
+            text = TextStream(self.tokenizer, params.stop, request.prompt_ids, params.min_tokens)
             flight.open[index] = _Continuation(flight, index, sequence, state, text)
             self._continuations[sequence] = flight.open[index]
         self._arrivals += 1
@@ -161,7 +161,7 @@ class Engine:
         """
         self._adapters.unload(name)
 
-    def publish_adapter(self, prepared: Any) -> None:
+    def publish_adapter(self, prepared: Prepared) -> None:
         """Let requests use an adapter from now on, which the pool has prepared."""
         self._load.fold()
         self._adapters.publish(prepared)
@@ -223,10 +223,8 @@ class Engine:
         ended = ended and len(state.output_ids) >= params.min_tokens
         text = "" if ended else continuation.text.push([token])
         told = () if params.logprobs is None else (TokenLogprob(token, sampled.logprob, tuple(sampled.top)),)
-        reason: FinishReason | None = None
-        if ended or complete or continuation.text.stopped:
-            reason = "stop"
-        elif sequence.length >= sequence.limit:
+        reason: FinishReason | None = "stop" if ended or continuation.text.stopped else complete
+        if reason is None and sequence.length >= sequence.limit:
             reason = "length"
         if reason is None:
             return self._output(continuation, (token,), text, told, None)

@@ -60,10 +60,13 @@ class KVShape:
         return self.heads * (self.dk + self.dv) * self.dtype.itemsize
 
 
-def prepare(model: PreTrainedModel) -> dict[nn.Module, KVShape]:
+def prepare(model: PreTrainedModel, context: int) -> dict[nn.Module, KVShape]:
     """Set a model's attention to ``"moesaic"``, and find its attention layers by a pass over one token.
 
     On a CPU its linear layers run on the native kernels from here on.
+
+    Args:
+        context: tokens that a request may have.
 
     Raises:
         UnsupportedError: where its layers keep something else than keys and values through transformers' attention
@@ -78,10 +81,12 @@ def prepare(model: PreTrainedModel) -> dict[nn.Module, KVShape]:
     layers = _attention_layers(model)
     if len(layers) != config.num_hidden_layers:
         raise _unsupported(model, f"{len(layers)} of its {config.num_hidden_layers} layers use attention as we know it")
-    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    window = getattr(config, "sliding_window", None) or context
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
     for (module, shape), kind in zip(layers.items(), kinds, strict=True):
-        if kind == "sliding_attention" and not shape.window:
-            raise _unsupported(model, f"{type(module).__name__} does not say how far its sliding window reaches")
+        # Some models put the window into the mask only, which we do not make.
+        if kind == "sliding_attention" and not shape.window and window < context:
+            raise _unsupported(model, f"{type(module).__name__} does not tell its attention of the sliding window")
     return layers
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesaic.adapters.pool import AdapterPool
 from moesaic.serve.attention import PagedBatch, PagedLayers, attention_by
 from moesaic.serve.scheduler import Chunk
 
@@ -22,7 +23,6 @@ class Runner:
     Args:
         model: prepared by :func:`moesaic.serve.model.prepare`.
         pools: attention module to its key and value pool.
-        adapters: an :class:`moesaic.adapters.pool.AdapterPool`, or None.
         around: entered for each forward pass (isolation).
     """
 
@@ -31,7 +31,7 @@ class Runner:
         model: PreTrainedModel,
         pools: Mapping[nn.Module, tuple[Tensor, Tensor]],
         page_size: int,
-        adapters: Any | None = None,
+        adapters: AdapterPool | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
@@ -87,7 +87,7 @@ class Runner:
         if self.adapters is None or not any(adapters):
             return nullcontext()
         indices_T = np.repeat(np.asarray(adapters, np.int64), counts_S)
-        return self.adapters.using(torch.from_numpy(indices_T))  # type: ignore[no-any-return]
+        return self.adapters.using(torch.from_numpy(indices_T))
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.from_numpy(values).to(self._device)
