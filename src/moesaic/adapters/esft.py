@@ -75,7 +75,7 @@ class Esft(Method):
             layers = {name: AdapterLayer(**told) for name, told in task.recorded["layers"].items()}
         else:
             task.say(f"scoring the experts on {settings.sample_tokens:,} tokens")
-            layers = _chosen(model, settings, task)
+            layers = relevant_layers(model, settings, task)
         tuned, all_of_them = (
             sum(len(layer.experts) for layer in layers.values()),
             sum(map(num_experts, modules.values())),
@@ -87,7 +87,8 @@ class Esft(Method):
         return AppliedExperts(model, read_adapter(folder))
 
 
-def _chosen(model: PreTrainedModel, settings: EsftSettings, task: Task) -> dict[str, AdapterLayer]:
+def relevant_layers(model: PreTrainedModel, settings: EsftSettings, task: Task) -> dict[str, AdapterLayer]:
+    """By the path of each experts module the experts that a task uses most, with their scores."""
     scores = score_experts(model, _sample(task, settings.sample_tokens), settings.score, task.precision)
     chosen = {name: choose_experts(scores[name], settings.threshold) for name in scores}
     return {

@@ -99,6 +99,10 @@ class Target:
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
     @property
+    def device(self) -> torch.device:
+        return next(iter([*self.module.parameters(), *self.module.buffers()])).device
+
+    @property
     def peft_name(self) -> str:
         """What PEFT's configuration calls it: a linear layer by its module, experts by their parameter."""
         return self.path if self.num_experts is None else self.name
@@ -170,8 +174,7 @@ def new_lora(
         lead = () if ids is None else (len(ids),)
         a = torch.empty(*lead, rank, target.inputs).uniform_(-1, 1, generator=generator) / math.sqrt(target.inputs)
         b = torch.zeros(*lead, target.outputs, rank)
-        device = next(iter([*target.module.parameters(), *target.module.buffers()])).device
-        parts[name] = LoraPart(a.to(device), b.to(device), alpha / rank, ids)
+        parts[name] = LoraPart(a.to(target.device), b.to(target.device), alpha / rank, ids)
         if wrong := target.check(parts[name]):
             raise ConfigError(wrong)
     if not parts:

@@ -133,11 +133,11 @@ class AttachedLora:
 
     def _put(self, target: Target, part: LoraPart) -> None:
         if target.num_experts is None:
-            low_rank: LowRankPart = LinearLowRank(part)
+            low_rank: LowRankPart = LinearLowRank(part).to(target.device)
             target.module.low_rank = low_rank
             self._handles.append(target.module.register_forward_hook(add_low_rank))
         else:
-            low_rank = MatrixLowRank(part, target.num_experts)
+            low_rank = MatrixLowRank(part, target.num_experts).to(target.device)
             self._of(target).parts[target.parameter] = low_rank
         self._modules[target.name] = low_rank
 
@@ -169,6 +169,8 @@ def attach_lora(model: nn.Module, adapter: LoraAdapter) -> AttachedLora:
     check_parts(adapter, targets)
     for name in adapter.parts:
         check_attachable(targets[name])
+        if getattr(targets[name].module, "slots", None) is not None:
+            raise ConfigError("the model's experts are in an AdapterPool: load the adapter there")
     return AttachedLora(model, targets, adapter)
 
 

@@ -274,9 +274,10 @@ class LoraParts:
     def _blocks_of(self, name: str) -> LoraBlocks:
         if name not in self._blocks:
             target = self._targets[name]
-            floats = [each for each in target.module.parameters() if each.is_floating_point()]
-            like = next(iter(floats or self._model.parameters()))
-            self._blocks[name] = LoraBlocks(target, like.dtype, like.device)
+            # Codes of quantized weights say nothing of the dtype that is computed in.
+            floats = (each for each in (*target.module.parameters(), *self._model.parameters()))
+            dtype = next(each.dtype for each in floats if each.is_floating_point())
+            self._blocks[name] = LoraBlocks(target, dtype, target.device)
         return self._blocks[name]
 
     def _hook(self, name: str) -> None:
