@@ -42,6 +42,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _samples(tensor: Tensor) -> bytes:
+    tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
     stacked = tensor.ndim == 3
     shape = tuple(tensor.shape[1:] if stacked else tensor.shape)
     if not tensor.numel():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.adapters.folder import Base
 from moesaic.data import Batches
@@ -31,7 +31,7 @@ class Task:
     """What a method may look at when it decides what to train.
 
     Attributes:
-        base: the model that is tuned.
+        base: the model that is tuned. tokenizer: its own.
         batches: the training data; ``batches.batch(step)`` is ``[batch_size, S + 1]`` token ids.
         precision: ``"fp32"`` or ``"bf16"`` (autocast), in which the model is trained.
         dtype: of the base's weights on disk; what is saved of them should be of it.
@@ -40,6 +40,7 @@ class Task:
     """
 
     base: Base
+    tokenizer: PreTrainedTokenizerBase
     batches: Batches
     precision: str = "fp32"
     dtype: torch.dtype = torch.float32

@@ -28,6 +28,9 @@ def command(
         int, typer.Option(help="Tokens a window; 0: those of the run, else what fits, up to 1024.")
     ] = 0,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens a domain; 0 for all.")] = 0,
+    adapter: Annotated[
+        str, typer.Option(help="An adapter of the model, to be measured with it: its folder, or that of its run.")
+    ] = "",
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -37,6 +40,11 @@ def command(
     from moesaic.train.describe import skipped_line
     from moesaic.train.evaluate import evaluate_folder
 
+    adapted = None
+    if adapter:
+        from moesaic.adapters.merging import load_adapted
+
+        adapted, _ = load_adapted(model, adapter)
     report = evaluate_folder(
         model,
         sources=data,
@@ -45,6 +53,7 @@ def command(
         max_tokens=max_tokens or None,
         batch_size=batch_size,
         precision=precision,
+        model=adapted,
     )
     if report.skipped:
         print(skipped_line(report.skipped), file=sys.stderr)
@@ -54,7 +63,8 @@ def command(
         print_json(report)
         return
     print_table(
-        f"{report.model}: {report.split} text, {report.sequence_length} tokens a window",
+        f"{' with '.join(filter(None, [report.model, adapter]))}: {report.split} text, "
+        f"{report.sequence_length} tokens a window",
         ["domain", "tokens", "loss (nats/token)", "perplexity", "bits/byte"],
         [
             [name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.perplexity:.2f}", f"{r.bits_per_byte:.3f}"]

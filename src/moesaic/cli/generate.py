@@ -21,6 +21,9 @@ def command(
     min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the best one's probability.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    adapter: Annotated[
+        str, typer.Option(help="An adapter of the model, to be used with it: its folder, or that of its run.")
+    ] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Format the prompt by the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
@@ -31,7 +34,12 @@ def command(
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded, tokenizer = load_model(model)
+    if adapter:
+        from moesaic.adapters.merging import load_adapted
+
+        loaded, tokenizer = load_adapted(model, adapter)
+    else:
+        loaded, tokenizer = load_model(model)
     if as_json:
         print_json(generate(loaded, tokenizer, text, sampling, chat=chat))
         return

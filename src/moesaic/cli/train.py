@@ -32,9 +32,10 @@ def command(
     """Train a mixture-of-experts language model; SIGINT and SIGTERM finish the step, save, and exit with 130."""
     from moesaic.cli.output import print_json, print_table
     from moesaic.train.display import ConsoleDisplay
+    from moesaic.train.recipe import Recipe
     from moesaic.train.run import choose, train
 
-    recipe, folder = choose(words or [], out, resume=resume, sources=data)
+    recipe, folder = choose(words or [], out, resume=resume, sources=data, kind=Recipe)
     result = train(recipe, folder, resume=resume, overwrite=overwrite, display=ConsoleDisplay())
     if as_json:
         print_json(result)

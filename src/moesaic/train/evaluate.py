@@ -226,8 +226,8 @@ def _prepare(
 
 
 def model_positions(model: Any) -> int | None:
-    """The longest sequence that a model has positions for, or None where its configuration does not say."""
-    config: Any = getattr(model, "config", None)
+    """The longest sequence that a model, or a configuration's, has positions for; None where that does not say."""
+    config: Any = getattr(model, "config", model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     told = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
     return next((value for value in told if isinstance(value, int) and value > 0), None)

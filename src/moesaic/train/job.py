@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ class Job(ABC):
         recipe: with absolute paths.
     """
 
-    result: ClassVar[str] = "model"
+    result: str = "model"
     recipe: RunRecipe
 
     @abstractmethod

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
 from moesaic.layer import moe_layers
-from moesaic.train.recipe import Recipe
+from moesaic.train.recipe import Recipe, TrainSettings
 
 
 def check(recipe: Recipe) -> None:
@@ -21,11 +21,10 @@ def check(recipe: Recipe) -> None:
     Raises:
         ConfigError: which names the keys, their values and what must hold.
     """
-    model, data, train = recipe.model, recipe.data, recipe.train
+    model, data = recipe.model, recipe.data
     divides = [
         ("model.d_model", model.d_model, "model.num_heads", model.num_heads),
         ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
-        ("train.batch_size", train.batch_size, "train.accumulation", train.accumulation),
     ]
     for whole, value, part, divisor in divides:
         if value % divisor:
@@ -33,7 +32,6 @@ def check(recipe: Recipe) -> None:
     at_most = [
         ("model.top_k", model.top_k, "model.num_experts", model.num_experts),
         ("data.sequence_length", data.sequence_length, "model.max_length", model.max_length),
-        ("train.warmup_steps", train.warmup, "train.steps", train.steps),
     ]
     for name, value, limit_name, limit in at_most:
         if value > limit:
@@ -47,12 +45,23 @@ def check(recipe: Recipe) -> None:
         raise ConfigError(
             f"model.dense_layers names layer {beyond[0]}: it must be below num_layers = {model.num_layers}"
         )
+    check_train(recipe.train)
+    build_config(recipe, data.vocab_size)
+
+
+def check_train(train: TrainSettings) -> None:
+    """Refuse settings of ``[train]`` that do not go together, or with this machine; raises :class:`ConfigError`."""
+    if train.batch_size % train.accumulation:
+        raise ConfigError(
+            f"train.batch_size is {train.batch_size}: train.accumulation = {train.accumulation} must divide it"
+        )
+    if train.warmup > train.steps:
+        raise ConfigError(f"train.warmup_steps is {train.warmup}: it must be at most train.steps = {train.steps}")
     cores = os.cpu_count() or 1
     if train.threads > cores:
         raise ConfigError(
             f"train.threads is {train.threads}: it must be at most {cores}, the CPU cores of this machine"
         )
-    build_config(recipe, data.vocab_size)
 
 
 def build_config(recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> MoesaicConfig:
