@@ -14,7 +14,6 @@ from typing import Any
 from openai import OpenAI
 from tests.serve.tiny import VOCABULARY, byte_tokenizer
 
-from moesaic.errors import UsageError
 from moesaic.serve.request import EngineStats, FinishReason, Output, Request, UnknownAdapterError
 from moesaic.serve.server.run import Server, listen, url
 from moesaic.serve.server.service import Loaded, Service
@@ -35,6 +34,7 @@ class Running:
     url: str
     service: Service
     server: Server
+    changed: threading.Event
 
     @property
     def engine(self) -> Any:
@@ -67,18 +67,10 @@ class Running:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=PATIENCE)
 
-    def on_loop(self, action: Callable[[], Any]) -> Any:
-        """Do something on the server's event loop; its result."""
-        done: deque[Any] = deque()
-        finished = threading.Event()
-
-        def act() -> None:
-            done.append(action())
-            finished.set()
-
-        self.service.loop._event_loop.call_soon_threadsafe(act)
-        assert finished.wait(PATIENCE)
-        return done[0]
+    def resume(self) -> None:
+        """Let a paused engine go on."""
+        self.engine.paused = False
+        self.service.loop.cancel([])  # a command wakes its thread
 
 
 @contextmanager
@@ -96,7 +88,8 @@ def serving(build: Callable[[], Loaded], *, wait: bool = True, **settings: Any) 
         if wait:
             assert changed.wait(PATIENCE)
             assert service.state == "ready", service.load_error
-        yield Running(address, service, server)
+            changed.clear()
+        yield Running(address, service, server, changed)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -109,15 +102,16 @@ class FakeEngine:
     """Says "a" once a step for every continuation.
 
     Attributes:
-        paused: no step is made; see :meth:`resume`. raises: what the next steps raise.
-        cancelled: ids of requests that were cancelled while they ran.
+        paused: no step is made; see :meth:`Running.resume`. raises: what the next steps raise that have something to compute. refuses: what ``add``
+            raises. added: ids of requests. was_cancelled: set where one was cancelled while it ran.
     """
 
     def __init__(self) -> None:
         self.paused = False
         self.raises: deque[Exception] = deque()
-        self.cancelled: list[str] = []
-        self.refuses: UsageError | None = None
+        self.added: list[str] = []
+        self.was_cancelled = threading.Event()
+        self.refuses: Exception | None = None
         self.adapters: dict[str, int] = {}
         self._open: dict[str, tuple[Request, dict[int, int]]] = {}
         self._outputs: list[Output] = []
@@ -133,14 +127,15 @@ class FakeEngine:
         if request.adapter is not None and request.adapter not in self.adapters:
             raise UnknownAdapterError(f"there is no adapter {request.adapter!r}")
         self._open[request.id] = (request, dict.fromkeys(range(request.sampling.n), 0))
+        self.added.append(request.id)
 
     def cancel(self, request_id: str) -> None:
         if found := self._open.pop(request_id, None):
-            self.cancelled.append(request_id)
+            self.was_cancelled.set()
             self._outputs += [Output(request_id, index, (), "", (), "cancelled") for index in found[1]]
 
     def step(self) -> list[Output]:
-        if self.raises:
+        if self.raises and self._open:
             raise self.raises.popleft()
         outputs, self._outputs = self._outputs, []
         for request, counts in list(self._open.values()):

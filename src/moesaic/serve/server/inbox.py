@@ -37,7 +37,9 @@ class Inbox:
         self.request_ids = tuple(request.id for request in requests)
 
     def put(self, output: Output) -> None:
-        """Take in what a step has made."""
+        """Take in what a step has made; after an error, nothing."""
+        if self._error is not None:
+            return
         self._outputs.append(output)
         self._left -= output.finish_reason is not None
         if not (self._whole and self._left):

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
+from moesaic.serve.constraints import compile_constraint
 from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody, requests_of
 from moesaic.serve.replies import Reply, TokenBytes
 from moesaic.serve.request import EngineStats, Output, Request
@@ -172,8 +173,6 @@ class Service:
         sampling = requests[0].sampling
         if sampling.json_schema or sampling.regex or sampling.grammar:
             # The engine finds it in a cache then, and no step waits for it.
-            from moesaic.serve.constraints import compile_constraint
-
             await now.run_in_executor(self._compiler, compile_constraint, sampling, self.loaded.vocabulary)
         inbox.expect(requests)
         self._inboxes.update(dict.fromkeys(inbox.request_ids, inbox))
