@@ -226,7 +226,7 @@ class ExpertSlots:
     def publish(self, adapter: int, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Send the tokens of an adapter to ``slots`` instead of ``experts`` from now on; one table write."""
         row = self._table[0].cpu().clone()
-        row[list(experts)] = torch.tensor(slots)
+        row[list(experts)] = torch.tensor(slots, dtype=row.dtype)
         self._expert_of_slot[list(slots)] = experts
         self._experts[adapter] = list(slots)
         self._see()
