@@ -102,8 +102,9 @@ class FakeEngine:
     """Says "a" once a step for every continuation.
 
     Attributes:
-        paused: no step is made; see :meth:`Running.resume`. raises: what the next steps raise that have something to compute. refuses: what ``add``
-            raises. added: ids of requests. was_cancelled: set where one was cancelled while it ran.
+        paused: no step is made; see :meth:`Running.resume`.
+        raises: what the next steps raise that have something to compute. refuses: what ``add`` raises.
+        added: ids of requests. was_cancelled: set where one was cancelled while it ran.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger("moesaic.serve")
 LOOK_SECONDS = 0.25
 """How old the numbers of a busy engine may be."""
 MOST_FAILURES = 3
-"""Steps in a row that may raise before the engine counts as beyond repair."""
+"""Steps that may raise without a token between them before the engine counts as beyond repair."""
 
 
 class EngineFailure(MoesaicError, RuntimeError):
@@ -197,8 +197,9 @@ class EngineLoop:
         except Exception:
             self._recover(engine)
             return
-        self._failures = 0
         for output in outputs:
+            if output.token_ids:
+                self._failures = 0
             if output.finish_reason is not None and output.request_id in self._open:
                 self._open[output.request_id] -= 1
                 if not self._open[output.request_id]:
