@@ -16,6 +16,7 @@ from moesaic.config import MoEConfig
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
 from moesaic.experts import Choice, ExpertBank, SharedExperts
+from moesaic.experts.slots import ExpertSlots
 from moesaic.routing import BALANCERS, Routing, acts_after_step, balance_loss, create_router, limit_capacity
 
 
@@ -99,7 +100,8 @@ class MoE(nn.Module):
         self.slot_counts.zero_()
 
     def _dispatch(self, routing: Routing, capacity_factor: float) -> Dispatch:
-        slots = self.experts.slots
+        # PEFT puts a wrapper in the bank's place, which knows its parameters only.
+        slots: ExpertSlots | None = getattr(self.experts, "slots", None)
         if slots is None or slots.is_idle:
             return Dispatch.from_routing(routing, capacity_factor)
         # Without padding: the capacity that was granted is an expert's, whoever of its adapters' copies uses it.
