@@ -14,6 +14,7 @@ from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError, UnsupportedError, did_you_mean
 from moesaic.experts.choice import Choice
 from moesaic.experts.low_rank import LowRank, split
+from moesaic.experts.row_invariance import is_row_invariant
 from moesaic.experts.weights import ExpertWeights
 from moesaic.registry import Registry
 
@@ -134,6 +135,9 @@ def compute_and_tell(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights) -
     _check(x_TD, dispatch, weights)
     if weights.low_rank is not None:
         return _compute_low_rank(x_TD, dispatch, weights, weights.low_rank)
+    if is_row_invariant():
+        name = "loop" if BACKENDS.get("native").refusal(x_TD, weights) else "native"
+        return BACKENDS.get(name).run(x_TD, dispatch, weights), Choice(name, "row-invariant")
     name = _Choice.name
     if name != AUTO:
         return _fixed(name, x_TD, weights).run(x_TD, dispatch, weights), Choice(name, "fixed")

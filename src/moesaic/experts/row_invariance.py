@@ -19,10 +19,11 @@ def is_row_invariant() -> bool:
 
 @contextmanager
 def row_invariant() -> Iterator[None]:
-    """Let the backend ``native`` give every token the same bits whatever other tokens a call has.
+    """Let experts give every token the same bits whatever other tokens a call has.
 
-    It adds up in one order for any number of rows, which is slower from a dozen rows an expert on. The other backends
-    do not promise this.
+    All calls go to the backend ``native``, which then adds up in one order for any number of rows, at the cost of some
+    speed from a dozen rows an expert on. What it refuses goes to ``loop``, which is row-invariant only as far as the
+    linear layers and functions are that it calls.
     """
     before, _Wanted.value = _Wanted.value, True
     try:

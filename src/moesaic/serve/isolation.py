@@ -6,7 +6,8 @@ enough for sampled tokens to part ways, and a channel between requests. (*Archit
 stealing and model inference manipulation* shows what a model can be made to do with such a channel, and asks for a
 proof that no row reads another.) In here every row is computed as if it were alone:
 
-* linear layers and experts: the native kernels, which add up in one order for any number of rows;
+* linear layers and experts: the native kernels, which add up in one order for any number of rows (experts with an
+  activation that these do not have: the backend ``loop`` over such linear layers);
 * attention: the native kernel, in the order of positions, however a prompt was cut into chunks;
 * element-wise functions whose vectorized and plain versions round differently: in pieces that are all vectorized;
 * norms, softmax, top-k and the like go row by row in PyTorch already (tests hold that).
@@ -24,13 +25,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from moesaic.errors import UnsupportedError
-from moesaic.experts import use_backend
 from moesaic.experts.native import library, linear
 from moesaic.experts.row_invariance import row_invariant
 
-# PyTorch shares work out to threads from 32,768 elements on, and goes through whole vectors in steps of at most 64.
+# PyTorch takes whole vectors in steps of at most 64 elements, and shares out what has more than these to threads.
 _STEP = 64
-_PIECE = 32_768 - _STEP
+_PIECE = 1 << 15
+_PIECES = {F.gelu: 1 << 11}
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -51,7 +52,7 @@ def isolated() -> Iterator[None]:
     Raises:
         UnsupportedError: where an operation is met that mixes rows in a way that is not known to be safe.
     """
-    with use_backend("native"), row_invariant(), _Isolated():
+    with row_invariant(), _Isolated():
         yield
 
 
@@ -97,7 +98,7 @@ def _elementwise(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwarg
         return function(x, *args, **kwargs)
     size = x.numel()
     flat = F.pad(x.reshape(-1), (0, -size % _STEP))
-    parts = [function(piece, *args, **kwargs) for piece in flat.split(_PIECE)]
+    parts = [function(piece, *args, **kwargs) for piece in flat.split(_PIECES.get(function, _PIECE))]
     return torch.cat(parts)[:size].view(x.shape)
 
 
