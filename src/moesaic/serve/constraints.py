@@ -100,7 +100,10 @@ class _Compiler:
         if kind == "json_schema":
             _check_schema(text)
             options = {"whitespace_pattern": _JSON_SPACE, "lenient": False}
-            grammar = library.grammar_from_json_schema(text, overrides=options)
+            try:
+                grammar = library.grammar_from_json_schema(text, overrides=options)
+            except ValueError as error:  # of what Python reads as JSON, and Rust does not
+                raise ConfigError(f"the JSON schema cannot be used: {_reason(str(error))}") from error
         elif kind == "regex":
             grammar = library.grammar_from_regex(text)
         else:
@@ -109,6 +112,7 @@ class _Compiler:
         if wrong:
             raise ConfigError(f"the {_KINDS[kind]} cannot be used: {_reason(messages[0])}")
         matcher = library(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        matcher.compute_bitmask()  # that no text matches shows only when the first token is asked for
         if matcher.is_error() and "NoExtension" in matcher.get_error():
             raise ConfigError(f"the {_KINDS[kind]} cannot be met: there is no text that matches it")
         if matcher.is_error():
@@ -147,11 +151,13 @@ def _prototype(params: SamplingParams, vocabulary: Vocabulary) -> Any:
 def _check_schema(text: str) -> None:
     try:
         schema = json.loads(text)
-        endless = endless_part(schema)
+        endless = endless_part(schema)  # by recursion, too
     except ValueError as error:
         raise ConfigError(f"the JSON schema is no JSON: {error}") from error
     except RecursionError:
         raise ConfigError("the JSON schema is nested too deeply") from None
+    if not isinstance(schema, dict):
+        raise ConfigError("the JSON schema must be an object")
     if endless is not None:
         raise ConfigError(f"the JSON schema cannot be met: {endless} requires itself, so that no document would end")
 

@@ -246,7 +246,8 @@ def _top_p(logits: Row, ids: npt.NDArray[np.int64], params: SamplingParams) -> n
     above = weights > least
     ties = np.flatnonzero(weights == least)[: count - int(above.sum())]
     above[ties] = True
-    return ids[above]
+    kept: npt.NDArray[np.int64] = ids[above]
+    return kept
 
 
 def _weights(logits: Row, temperature: float) -> Row:
