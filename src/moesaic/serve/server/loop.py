@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 log = logging.getLogger("moesaic.serve")
 
 LOOK_SECONDS = 0.25
-"""How old the numbers of a busy engine may be."""
+"""How old the numbers of a busy engine may be that got no commands meanwhile."""
 MOST_FAILURES = 3
 """Steps that may raise without a token between them before the engine counts as beyond repair."""
 
@@ -192,8 +192,8 @@ class EngineLoop:
     def _step(self, engine: EngineCore) -> None:
         try:
             outputs = engine.step()
-            due = not engine.has_work or time.monotonic() - self._looked_at >= LOOK_SECONDS
-            stats = self._look(engine) if due else None
+            late = time.monotonic() - self._looked_at >= LOOK_SECONDS
+            stats = self._look(engine) if late or self._unseen or not engine.has_work else None
         except Exception:
             self._recover(engine)
             return
