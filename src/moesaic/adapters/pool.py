@@ -13,24 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from moesaic import hardware
 from moesaic.adapters.fingerprint import fingerprint
-from moesaic.adapters.folder import ExpertAdapter, read_adapter
+from moesaic.adapters.folder import ExpertAdapter, adapter_folder, read_adapter
 from moesaic.adapters.lora_format import is_lora
+from moesaic.adapters.lora_serving import LoraParts, PreparedLora
 from moesaic.errors import CheckpointError, ConfigError, UnsupportedError, UsageError, did_you_mean
 from moesaic.experts import ExpertBank, ExpertWeights
 from moesaic.experts.slots import BatchAdapters, ExpertSlots
 from moesaic.hf.experts import parameter_names, weights_of
 from moesaic.hf.quantized import expert_modules
 
-if TYPE_CHECKING:
-    from moesaic.adapters.lora_serving import LoraParts, PreparedLora
-
+_MOST = 1_000_000
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -88,13 +86,16 @@ class AdapterPool:
         max_adapters: at once.
 
     Raises:
+        ConfigError: for numbers out of range.
         UnsupportedError: for quantized experts, another experts implementation, or weights on an unusual device.
         UsageError: where the room cannot be reserved.
     """
 
     def __init__(self, model: nn.Module, *, max_slots: int | None = None, max_adapters: int = 64) -> None:
-        if max_adapters < 1 or (max_slots is not None and max_slots < 0):
-            raise ConfigError(f"max_adapters is {max_adapters} and max_slots {max_slots}: at least 1 and 0 are needed")
+        if not 1 <= max_adapters <= _MOST:
+            raise ConfigError(f"max_adapters is {max_adapters}: it must be in 1 ... {_MOST}")
+        if max_slots is not None and not 0 <= max_slots <= _MOST:
+            raise ConfigError(f"max_slots is {max_slots}: it must be in 0 ... {_MOST}, or None")
         self.model, self.max_adapters = model, max_adapters
         self._fingerprint = fingerprint(model)
         self._batch = BatchAdapters()
@@ -102,6 +103,7 @@ class AdapterPool:
         self._pending: dict[str, Prepared] = {}
         self._loaded: dict[str, Prepared] = {}
         self._lora: LoraParts | None = None
+        self._is_closed = False
         self._layers: dict[str, _Layer] = {}
         # All of them first: what cannot be served is refused before anything has been changed.
         found = {name: (module, _servable(name, module)) for name, module in expert_modules(model).items()}
@@ -120,7 +122,7 @@ class AdapterPool:
         """Read an adapter into free slots; running requests do not notice. In any thread.
 
         Args:
-            path: a folder that :mod:`moesaic.adapters.folder` or PEFT wrote.
+            path: a folder of an adapter, ESFT's or PEFT's, or of the run that made it.
 
         Raises:
             UsageError: for a name that is not made of letters, digits, ``_``, ``.`` and ``-``, or is taken; where there
@@ -129,10 +131,11 @@ class AdapterPool:
         """
         prepared = self._claim(name, Path(path))
         try:
-            if is_lora(path):
-                prepared.lora = self._low_rank().prepare(path)
+            folder = adapter_folder(path)
+            if is_lora(folder):
+                prepared.lora = self._low_rank().prepare(folder)
             else:
-                self._fill(prepared, read_adapter(path))
+                self._fill(prepared, read_adapter(folder))
         except BaseException:
             self.discard(prepared)
             raise
@@ -240,13 +243,15 @@ class AdapterPool:
                 layer.module.slots = None  # type: ignore[assignment]
                 layer.slots.close()
             self._layers = {}
-            self.max_adapters = 0
+            self._is_closed = True
 
     def _claim(self, name: str, path: Path) -> Prepared:
         """A name and an index that are taken from now on."""
         if not _NAME.fullmatch(name):
             raise UsageError(f"an adapter's name is made of letters, digits, '_', '.' and '-': {name!r} is not")
         with self._lock:
+            if self._is_closed:
+                raise UsageError("the pool of adapters has been closed")
             if name in self._loaded or name in self._pending:
                 raise UsageError(f"there is an adapter {name!r} already: unload it first, or take another name")
             taken = {adapter.index for adapter in (*self._loaded.values(), *self._pending.values())}
@@ -257,10 +262,8 @@ class AdapterPool:
         return prepared
 
     def _low_rank(self) -> LoraParts:
-        from moesaic.adapters.lora_serving import LoraParts
-
         with self._lock:
-            self._lora = self._lora or LoraParts(self.model)
+            self._lora = self._lora or LoraParts(self.model, self._fingerprint)
             return self._lora
 
     def _fill(self, prepared: Prepared, adapter: ExpertAdapter) -> None:
@@ -329,7 +332,7 @@ def _room(weights: ExpertWeights, max_adapters: int) -> int:
     expert = sum(tensor[0].numel() * tensor.element_size() for tensor in weights.tensors().values())
     kind = weights.up.device.type
     memory = max((device.memory for device in hardware.devices() if device.device.startswith(kind)), default=0)
-    return min(max_adapters * weights.num_experts, memory // expert + 1)
+    return min(max_adapters * weights.num_experts, memory // expert + 1, _MOST)
 
 
 def _misfit(adapter: ExpertAdapter, reason: str) -> CheckpointError:

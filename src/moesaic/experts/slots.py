@@ -98,7 +98,13 @@ class ExpertSlots:
         self.num_experts, self.total = weights.num_experts, weights.num_experts + room
         self._batch, self._base = batch, weights
         self._taken = bytearray(b"\1" * self.num_experts + bytes(room))
-        self._matrices = {name: _move(tensor, self.total) for name, tensor in weights.tensors().items()}
+        self._matrices: dict[str, _Matrix] = {}
+        try:
+            for name, tensor in weights.tensors().items():
+                self._matrices[name] = _move(tensor, self.total)
+        except UsageError:
+            self.close()
+            raise
         self._experts: dict[int, list[int]] = {}
         # The column behind the experts' is the null slots': they stay beyond all slots.
         row = [*range(self.num_experts), self.total]
@@ -241,10 +247,10 @@ class ExpertSlots:
 
     def close(self) -> None:
         """Give the module's parameters memory of their own again, and all of the range back."""
-        for name, tensor in self._base.tensors().items():
-            tensor.data = tensor.detach().clone(memory_format=torch.preserve_format)
-            del self._matrices[name]
         self.weights = self._base
+        for name, tensor in self._base.tensors().items():
+            if self._matrices.pop(name, None):
+                tensor.data = tensor.detach().clone(memory_format=torch.preserve_format)
 
     def _give_up(self, slots: Sequence[int]) -> None:
         for slot in slots:
