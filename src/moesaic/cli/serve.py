@@ -60,8 +60,9 @@ def command(
 ) -> None:
     """Serve a model and its adapters by OpenAI's API, with a page at /; SIGINT and SIGTERM let requests end first."""
     from moesaic.errors import UsageError, did_you_mean
+    from moesaic.serve.names import default_name, parse_adapters
     from moesaic.serve.request import EngineSettings
-    from moesaic.serve.server.settings import ServerSettings, default_name, parse_adapters, read_keys
+    from moesaic.serve.server.settings import ServerSettings, read_keys
 
     base = name or default_name(model)
     if dtype and dtype not in _DTYPES:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moesaic.errors import UsageError
+from moesaic.serve.names import check_name
 from moesaic.serve.server.errors import ApiError
 from moesaic.serve.server.loop import EngineLoop
-from moesaic.serve.server.settings import ServerSettings, check_name
+from moesaic.serve.server.settings import ServerSettings
 
 AdapterState = Literal["ready", "unloading"]
 

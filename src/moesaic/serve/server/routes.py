@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from moesaic.serve.names import ADAPTER_NAME
 from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody
 from moesaic.serve.replies import Chat, ChatChunk, Completion, Reply
 from moesaic.serve.server.adapters import Adapter, AdapterState
@@ -20,7 +21,6 @@ from moesaic.serve.server.gate import Receive, Scope, Send
 from moesaic.serve.server.inbox import Inbox
 from moesaic.serve.server.metrics import MEDIA_TYPE
 from moesaic.serve.server.service import Service
-from moesaic.serve.server.settings import ADAPTER_NAME
 from moesaic.serve.server.stats import State, Stats
 
 _CLIENT_LEFT = 499
