@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.after_import import after_import
 
 if TYPE_CHECKING:
-    from moesaic import autotune, experts, hf, routing
+    from moesaic import adapters, autotune, experts, hf, routing, serve
     from moesaic.config import MoEConfig
     from moesaic.dispatch import Dispatch
     from moesaic.errors import MoesaicError
@@ -32,12 +32,14 @@ _HOMES: dict[str, str | None] = {
     "MoesaicForCausalLM": "moesaic.hf",
     "QuantizationConfig": "moesaic.hf",
     "Routing": "moesaic.routing",
+    "adapters": None,
     "autotune": None,
     "experts": None,
     "freeze": "moesaic.hf",
     "hf": None,
     "quantize": "moesaic.hf",
     "routing": None,
+    "serve": None,
     "update_balancing": "moesaic.layer",
     "use_backend": "moesaic.experts",
 }
@@ -52,12 +54,14 @@ __all__ = [
     "MoesaicForCausalLM",
     "QuantizationConfig",
     "Routing",
+    "adapters",
     "autotune",
     "experts",
     "freeze",
     "hf",
     "quantize",
     "routing",
+    "serve",
     "update_balancing",
     "use_backend",
 ]
