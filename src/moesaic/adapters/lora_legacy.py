@@ -20,25 +20,35 @@ _EXPERT = re.compile(r"(?P<layer>.*\blayers\.\d+)\..*\bexperts\.(?P<expert>\d+)\
 _UP, _DOWN = {"w1": 0, "gate_proj": 0, "w3": 1, "up_proj": 1}, ("w2", "down_proj")
 
 
+def find_fused(path: str, targets: Mapping[str, Target]) -> tuple[Target, int, int]:
+    """What has become of an expert's own linear layer: the fused parameter, the expert, and the place in its rows.
+
+    Raises:
+        CheckpointError: where it is of no expert, or the base keeps gate and up otherwise than one after the other.
+    """
+    met = _EXPERT.fullmatch(path)
+    stack = [] if met is None else _experts_of(met["layer"], targets)
+    if met is None or met["matrix"] not in (*_UP, *_DOWN) or len(stack) != 2:
+        raise CheckpointError(f"it has a part for {path}: the base has no such linear layer or targeted experts")
+    up, down = stack
+    if met["matrix"] in _DOWN:
+        return down, int(met["expert"]), 0
+    if not getattr(up.module, "is_concatenated", True):
+        raise CheckpointError(f"it has a part for {path}, but the base keeps gate and up interleaved")
+    has_gate = up.outputs > down.inputs
+    return up, int(met["expert"]), _UP[met["matrix"]] if has_gate else 0
+
+
 def fuse(single: Mapping[str, LoraPart], targets: Mapping[str, Target]) -> dict[str, LoraPart]:
     """The parts of experts' own linear layers (by module path) as parts of the fused parameters (by full name).
 
     Raises:
-        CheckpointError: where one is of no expert, or its layer keeps gate and up otherwise than one after the other.
+        CheckpointError: as :func:`find_fused`, and for a part of another shape.
     """
     found: dict[str, dict[int, dict[int, LoraPart]]] = {}
     for path, part in single.items():
-        met = _EXPERT.fullmatch(path)
-        stack = [] if met is None else _experts_of(met["layer"], targets)
-        if met is None or met["matrix"] not in (*_UP, *_DOWN) or len(stack) != 2:
-            raise CheckpointError(f"it has a part for {path}: the base has no such linear layer or targeted experts")
-        up, down = stack
-        target, place = (down, 0) if met["matrix"] in _DOWN else (up, _UP[met["matrix"]])
-        if place and up.outputs == down.inputs:
-            place = 0  # experts without a gate
-        if target is up and not getattr(target.module, "is_concatenated", True):
-            raise CheckpointError(f"it has a part for {path}, but the base keeps gate and up interleaved")
-        found.setdefault(target.name, {}).setdefault(int(met["expert"]), {})[place] = part
+        target, expert, place = find_fused(path, targets)
+        found.setdefault(target.name, {}).setdefault(expert, {})[place] = part
     return {name: _stack(targets[name], experts) for name, experts in found.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from moesaic.adapters.lora import LoraAdapter, LoraPart, Target, ends_with
-from moesaic.adapters.lora_legacy import fuse
+from moesaic.adapters.lora_legacy import find_fused, fuse
 from moesaic.errors import CheckpointError
 
 _PREFIX = "base_model.model."
@@ -84,6 +84,7 @@ def parts_of(
             raise CheckpointError(f"of {path} there is lora_{next(iter(pair))} only")
         target = _target(path, config, targets)
         if target is None:
+            find_fused(path, targets)  # or it is nothing that the base has
             single[path] = _linear_part(path, pair["A"], pair["B"], config)
         elif target.num_experts is None:
             found[target.name] = _linear_part(target.path, pair["A"], pair["B"], config)
