@@ -12,6 +12,7 @@ from moesaic.adapters.pool import AdapterPool, Prepared
 from moesaic.errors import ConfigError, UsageError
 from moesaic.serve.adapters import LentAdapters
 from moesaic.serve.cache import make_pools, num_pages
+from moesaic.serve.constraints import compile_constraint
 from moesaic.serve.load import ExpertLoad
 from moesaic.serve.model import context_limit, isolation, prepare
 from moesaic.serve.request import EngineSettings, EngineStats, FinishReason, Output, Request, TokenLogprob
@@ -109,8 +110,7 @@ class Engine:
             UsageError: for anything else about it that cannot be done; nothing of it is queued then.
         """
         params = request.sampling
-        limit = self._limit(request)
-        validate(params, self._vocabulary.size)
+        limit = self._checked_limit(request)
         # Before the adapter is borrowed: a schema may be impossible.
         states = [make_state(params, request.prompt_ids, self._vocabulary, index) for index in range(params.n)]
         adapter, root = self._adapters.borrow(request.adapter)
@@ -127,6 +127,11 @@ class Engine:
         self._flights[request.id] = flight
         self._scheduler.add(sequences)
         self._counts["prompt_tokens"] += len(prompt)
+
+    def check(self, request: Request) -> None:
+        """Raise what :meth:`add` would say against a request, but for its adapter; nothing is queued."""
+        self._checked_limit(request)
+        compile_constraint(request.sampling, self._vocabulary)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; the next step says so for each of its continuations. Unknown ids are ignored."""
@@ -184,8 +189,9 @@ class Engine:
             slots_total=sum(memory.slots_total) if memory else 0,
         )
 
-    def _limit(self, request: Request) -> int:
+    def _checked_limit(self, request: Request) -> int:
         """Tokens that a request may have in the end."""
+        validate(request.sampling, self._vocabulary.size)
         size, wanted = len(request.prompt_ids), request.sampling.max_tokens
         if request.id in self._flights:
             raise UsageError(f"there is a request {request.id!r} already")
