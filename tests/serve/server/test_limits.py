@@ -285,3 +285,13 @@ def test_what_does_not_end_in_time_is_told_so(engine: FakeEngine) -> None:
         server.server.handle_exit(15, None)
         with pytest.raises(openai.APIError, match="shut down"):
             list(stream)
+
+
+def test_a_second_signal_does_not_wait(engine: FakeEngine) -> None:
+    engine.paused = True
+    with serving(fake(engine), drain_seconds=PATIENCE) as server:
+        stream = server.client().completions.create(model="base", prompt="hi", stream=True)
+        for _ in range(2):
+            server.server.handle_exit(2, None)
+        with pytest.raises((openai.APIError, openai.APIConnectionError)):
+            list(stream)

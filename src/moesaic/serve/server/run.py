@@ -28,7 +28,8 @@ log = logging.getLogger("moesaic.serve")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 1024
 _STEP_SECONDS = 30.0
-"""How long the end waits for the engine's step."""
+"""How long the end waits for the engine's step; after a second signal, a tenth of it."""
+_CUT_SHORT = "ended before the requests in flight had their answers"
 
 
 def serve(settings: ServerSettings, build: Callable[[], Loaded]) -> None:
@@ -56,7 +57,7 @@ def serve(settings: ServerSettings, build: Callable[[], Loaded]) -> None:
     if service.load_error is not None:
         raise service.load_error
     if server.force_exit:
-        raise Interrupted("ended before the requests in flight had their answers")
+        raise Interrupted(_CUT_SHORT)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -150,9 +151,12 @@ def _tell(service: Service, server: Server, listener: socket.socket) -> None:
 def _end(service: Service, server: Server) -> None:
     """Wait for the engine's thread; where it is still busy, end without it."""
     service.stop()
-    busy_loading = service.loaded is None and service.load_error is None
-    if service.loop.join(0.0 if busy_loading or server.force_exit else _STEP_SECONDS):
+    is_loading = service.loaded is None and service.load_error is None
+    patience = 0.0 if is_loading else _STEP_SECONDS / 10 if server.force_exit else _STEP_SECONDS
+    if service.loop.join(patience):
         return
+    if server.force_exit:
+        print(f"moesaic: error: {_CUT_SHORT}", file=sys.stderr)
     # A thread inside C++ code would not live through the interpreter's end.
     sys.stdout.flush()
     sys.stderr.flush()

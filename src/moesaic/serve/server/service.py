@@ -18,6 +18,7 @@ from moesaic.serve.constraints import compile_constraint
 from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody, requests_of
 from moesaic.serve.replies import Reply, TokenBytes
 from moesaic.serve.request import EngineStats, Output, Request
+from moesaic.serve.sampling import validate
 from moesaic.serve.server.adapters import Adapters, Pool
 from moesaic.serve.server.errors import ApiError
 from moesaic.serve.server.inbox import Inbox
@@ -172,6 +173,7 @@ class Service:
         requests = await now.run_in_executor(self._reader, self._read, body, reply_id, adapter)
         sampling = requests[0].sampling
         if sampling.json_schema or sampling.regex or sampling.grammar:
+            validate(sampling, self.loaded.vocabulary.size)
             # The engine finds it in a cache then, and no step waits for it.
             await now.run_in_executor(self._compiler, compile_constraint, sampling, self.loaded.vocabulary)
         inbox.expect(requests)
