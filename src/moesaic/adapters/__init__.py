@@ -9,13 +9,17 @@ from moesaic.adapters import esft, full, lora_method  # noqa: F401  (each regist
 from moesaic.adapters.folder import AdapterLayer, Base, ExpertAdapter, adapter_folder, read_adapter, write_adapter
 from moesaic.adapters.merging import LoadedAdapter, load, merge
 from moesaic.adapters.methods import available
+from moesaic.adapters.pool import AdapterPool, PoolMemory, Prepared
 from moesaic.adapters.scoring import choose_experts, score_experts
 
 __all__ = [
     "AdapterLayer",
+    "AdapterPool",
     "Base",
     "ExpertAdapter",
     "LoadedAdapter",
+    "PoolMemory",
+    "Prepared",
     "adapter_folder",
     "available",
     "choose_experts",

@@ -20,7 +20,7 @@ from moesaic.dispatch import Dispatch
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ExpertBank, ExpertWeights, compute_and_tell
 from moesaic.experts.storage import ExpertStorage
-from moesaic.hf.experts import weights_of
+from moesaic.hf.experts import parameter_names, weights_of
 from moesaic.hf.quantized import check_implementation
 
 
@@ -43,12 +43,9 @@ class TunedExperts(nn.Module):
         super().__init__()
         base = plain_weights(module)
         self.experts = list(experts)
-        # By the field of ExpertWeights: the name of the module's parameter, which is ours too.
-        self._names: dict[str, str] = {}
-        own = {id(parameter): name for name, parameter in module.named_parameters(recurse=False)}
+        self._names = parameter_names(module)
         for field, tensor in base.tensors().items():
-            self._names[field] = own[id(tensor)]
-            self.register_parameter(own[id(tensor)], nn.Parameter(tensor.detach()[self.experts].float()))
+            self.register_parameter(self._names[field], nn.Parameter(tensor.detach()[self.experts].float()))
         device, count = base.up.device, len(self.experts)
         # Expert id to the id in each part; what a part does not hold, and the null id, become its own null id.
         kept = torch.arange(base.num_experts + 1, device=device)

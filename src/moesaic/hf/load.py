@@ -75,7 +75,7 @@ def model_folder(path: str | Path) -> Path:
             return folder
     if (path / "adapter").is_dir():
         raise CheckpointError(
-            f"{str(path)!r} holds an adapter, not a model: give the model that it was trained from, and this as --adapter"
+            f"{str(path)!r} holds an adapter, not a model: give the model that it adapts, and this as --adapter"
         )
     if (path / "run.json").is_file():
         raise CheckpointError(
