@@ -271,10 +271,11 @@ class Service:
     def _read(self, body: GenerationBody, reply_id: str, adapter: str | None) -> list[Request]:
         """The engine's requests of a body, within the limits of the settings; on the reader's thread."""
         assert self.loaded is not None
-        limit = self.settings.max_tokens
-        if limit is not None and (body.token_limit() or 0) > limit:
-            wanted = f"max_tokens is {body.token_limit()}: this server gives at most {limit}"
-            raise ApiError(400, wanted, param="max_tokens")
+        limit, wanted = self.settings.max_tokens, body.token_limit()
+        # What was not asked for, a completion's default, is no reason to refuse.
+        default = isinstance(body, CompletionBody) and body.max_tokens is None
+        if limit is not None and not default and wanted is not None and wanted > limit:
+            raise ApiError(400, f"max_tokens is {wanted}: this server gives at most {limit}", param="max_tokens")
         requests = requests_of(body, self.loaded.tokenizer, request_id=reply_id, adapter=adapter)
         longest = max(len(request.prompt_ids) for request in requests)
         if self.settings.max_prompt is not None and longest > self.settings.max_prompt:
@@ -284,7 +285,7 @@ class Service:
                 param="messages" if isinstance(body, ChatBody) else "prompt",
                 code="context_length_exceeded",
             )
-        if limit is None or body.token_limit() is not None:
+        if limit is None or (wanted is not None and wanted <= limit):
             return requests
         return [replace(one, sampling=replace(one.sampling, max_tokens=limit)) for one in requests]
 
