@@ -9,6 +9,7 @@ namespace moesaic::MOESAIC_VARIANT {
 
 constexpr int PAGE = MOESAIC_PAGE;
 constexpr int PAGE_VECTORS = PAGE / W;
+constexpr int TOGETHER = W == 16 ? 4 : 1;  // states whose sums fit the registers together
 constexpr int MOST_STATES = 64;  // rows times heads that go through a page together
 
 // The running softmax of one row and head.
@@ -17,6 +18,11 @@ struct State {
   int64_t from, position;  // keys that it sees: from, ..., position
   const float* query;      // [key_width]
   float* sum;              // [value_width], rounded up to whole vectors
+};
+
+// Where the page that follows lies, of which a little is fetched at every step.
+struct PageAhead {
+  const char *keys, *values;
 };
 
 template <class Format>
@@ -102,8 +108,10 @@ struct Attention {
     int count = 0;
     for (int64_t r = begin; r < end; ++r)
       for (int64_t g = 0; g < group; ++g) begin_state(count++, first + r, head * group + g, before + r);
-    for (int64_t p = states[0].from / PAGE; p <= (before + end - 1) / PAGE; ++p)
-      through_page(a.tables[sequence * a.table_width + p], p * PAGE, head, count);
+    const int32_t* const pages = a.tables + sequence * a.table_width;
+    const int64_t last = (before + end - 1) / PAGE;
+    for (int64_t p = states[0].from / PAGE; p <= last; ++p)
+      through_page(pages[p], pages[p < last ? p + 1 : p], p * PAGE, head, count);
     count = 0;
     for (int64_t r = begin; r < end; ++r)
       for (int64_t g = 0; g < group; ++g) finish(states[count++], first + r, head * group + g);
@@ -124,39 +132,75 @@ struct Attention {
     memset(state.sum, 0, size_t(value_room) * 4);
   }
 
-  // Keys key, ..., key + PAGE - 1, which lie in page `number`, for the states that see any of them.
-  void through_page(int64_t number, int64_t key, int64_t head, int count) const {
+  // Keys key, ..., key + PAGE - 1, which lie in page `number`, for the states that see any of them; page `next` is
+  // fetched meanwhile.
+  void through_page(int64_t number, int64_t next, int64_t key, int64_t head, int count) const {
     const Element* keys = key_page(number, head);
     const Element* values = value_page(number, head);
-    if constexpr (direct) {
-      for (int s = 0; s < count; ++s) step(states[s], key, keys, values, a.value_width);
-    } else {
-      float *const float_keys = page, *const float_values = page + PAGE * a.key_width;
-      for (int64_t i = 0; i < a.key_width * PAGE; i += W) store(F32(), float_keys + i, load(Format(), keys + i));
-      for (int64_t j = 0; j < PAGE; ++j)
-        for (int64_t i = 0; i < a.value_width; i += W)
-          store(F32(), float_values + j * value_room + i,
-                load_up_to(Format(), values + j * a.value_width + i, a.value_width - i));
-      for (int s = 0; s < count; ++s) step(states[s], key, float_keys, float_values, value_room);
+    const PageAhead ahead = {reinterpret_cast<const char*>(key_page(next, head)),
+                         reinterpret_cast<const char*>(value_page(next, head))};
+    if (direct || count == 1) return through_keys<Format>(key, count, keys, values, a.value_width, ahead);
+    float *const float_keys = page, *const float_values = page + PAGE * a.key_width;
+    for (int64_t i = 0; i < a.key_width * PAGE; i += W) {
+      __builtin_prefetch(ahead.keys + i * int64_t(sizeof(Element)));
+      store(F32(), float_keys + i, load(Format(), keys + i));
+    }
+    for (int64_t j = 0; j < PAGE; ++j)
+      for (int64_t i = 0; i < a.value_width; i += W) {
+        __builtin_prefetch(ahead.values + (j * a.value_width + i) * int64_t(sizeof(Element)));
+        store(F32(), float_values + j * value_room + i,
+              load_up_to(Format(), values + j * a.value_width + i, a.value_width - i));
+      }
+    const PageAhead nothing = {reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(values)};
+    through_keys<F32>(key, count, float_keys, float_values, value_room, nothing);
+  }
+
+  template <class Stored>
+  void through_keys(int64_t key, int count, const typename Stored::Element* keys,
+                    const typename Stored::Element* values, int64_t value_stride, const PageAhead& ahead) const {
+    for (int s = 0; s < count;) {
+      if (s + TOGETHER <= count && sees_all(s, key)) {
+        step<Stored, TOGETHER>(states + s, 0, PAGE, keys, values, value_stride, ahead);
+        s += TOGETHER;
+        continue;
+      }
+      const int64_t from = states[s].from - key, to = states[s].position - key + 1;
+      if (to > 0 && from < PAGE)
+        step<Stored, 1>(states + s, from > 0 ? int(from) : 0, to < PAGE ? int(to) : PAGE, keys, values, value_stride,
+                        ahead);
+      ++s;
     }
   }
 
-  void step(State& state, int64_t key, const float* keys, const float* values, int64_t value_stride) const {
-    if (state.position < key || state.from >= key + PAGE) return;
-    const int from = state.from > key ? int(state.from - key) : 0;
-    const int to = state.position < key + PAGE ? int(state.position - key) + 1 : PAGE;
-    float weights[PAGE];
-    logits(state.query, keys, weights);
+  // Whether TOGETHER states from `first` on see the whole page of `key`. (States come in the order of their positions.)
+  bool sees_all(int first, int64_t key) const {
+    return states[first + TOGETHER - 1].from <= key && states[first].position >= key + PAGE - 1;
+  }
+
+  // M states that see the same keys of the page, from `from` to before `to`.
+  template <class Stored, int M>
+  void step(State* of, int from, int to, const typename Stored::Element* keys, const typename Stored::Element* values,
+            int64_t value_stride, const PageAhead& ahead) const {
+    float weights[M][PAGE], kept[M];
+    logits<Stored, M>(of, keys, weights, ahead.keys);
+    for (int m = 0; m < M; ++m) kept[m] = softmax_step(of[m], weights[m], from, to);
+    add_values<Stored, M>(of, kept, weights, from, to, values, value_stride, ahead.values);
+  }
+
+  // From logits to weights, zero where nothing is seen; returns what the sums so far are to be multiplied by.
+  static float softmax_step(State& state, float* weights, int from, int to) {
     float largest = state.largest;
     for (int j = from; j < to; ++j) largest = weights[j] > largest ? weights[j] : largest;
     F added = {};
     for (int v = 0; v < PAGE_VECTORS; ++v) {
       F weight = exponential(read<F>(weights + v * W) - splat(largest));
-      float lanes[W];
-      store(F32(), lanes, weight);
-      for (int j = 0; j < W; ++j)
-        if (v * W + j < from || v * W + j >= to) lanes[j] = 0;
-      weight = read<F>(lanes);
+      if (to - from < PAGE) {
+        float lanes[W];
+        store(F32(), lanes, weight);
+        for (int j = 0; j < W; ++j)
+          if (v * W + j < from || v * W + j >= to) lanes[j] = 0;
+        weight = read<F>(lanes);
+      }
       store(F32(), weights + v * W, weight);
       added += weight;
     }
@@ -164,54 +208,78 @@ struct Attention {
     const float kept = exponential(splat(state.largest - largest))[0];
     state.total = state.total * kept + sum(added);
     state.largest = largest;
-    add_values(state.sum, kept, weights, from, to, values, value_stride);
+    return kept;
   }
 
-  void logits(const float* query, const float* keys, float* to) const {
+  template <class Stored, int M>
+  void logits(const State* of, const typename Stored::Element* keys, float (*to)[PAGE], const char* ahead) const {
     constexpr int CHAINS = 4;
-    F part[CHAINS][PAGE_VECTORS] = {};
+    constexpr int BYTES = CHAINS * PAGE * int(sizeof(typename Stored::Element));
+    const float* query[M];
+    for (int m = 0; m < M; ++m) query[m] = of[m].query;
+    F part[M][CHAINS][PAGE_VECTORS] = {};
     int64_t k = 0;
-    for (; k + CHAINS <= a.key_width; k += CHAINS)
+    for (; k + CHAINS <= a.key_width; k += CHAINS, ahead += BYTES) {
+#pragma GCC unroll 4
+      for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(ahead + line);
 #pragma GCC unroll 4
       for (int c = 0; c < CHAINS; ++c)
 #pragma GCC unroll 4
-        for (int v = 0; v < PAGE_VECTORS; ++v)
-          part[c][v] = multiply_add(splat(query[k + c]), read<F>(keys + (k + c) * PAGE + v * W), part[c][v]);
+        for (int v = 0; v < PAGE_VECTORS; ++v) {
+          const F key = load(Stored(), keys + (k + c) * PAGE + v * W);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) part[m][c][v] = multiply_add(splat(query[m][k + c]), key, part[m][c][v]);
+        }
+    }
     for (; k < a.key_width; ++k)
       for (int v = 0; v < PAGE_VECTORS; ++v)
-        part[0][v] = multiply_add(splat(query[k]), read<F>(keys + k * PAGE + v * W), part[0][v]);
-    for (int v = 0; v < PAGE_VECTORS; ++v) {
-      F logit = ((part[0][v] + part[1][v]) + (part[2][v] + part[3][v])) * splat(a.scaling);
-      if (a.softcap > 0)  // tanh(u) is 2 sigmoid(2u) - 1
-        logit = splat(a.softcap) * (splat(2.0f) * sigmoid(logit * splat(2.0f / a.softcap)) - splat(1.0f));
-      store(F32(), to + v * W, logit);
-    }
+        for (int m = 0; m < M; ++m)
+          part[m][0][v] = multiply_add(splat(query[m][k]), load(Stored(), keys + k * PAGE + v * W), part[m][0][v]);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < PAGE_VECTORS; ++v) {
+        F logit = ((part[m][0][v] + part[m][1][v]) + (part[m][2][v] + part[m][3][v])) * splat(a.scaling);
+        if (a.softcap > 0)  // tanh(u) is 2 sigmoid(2u) - 1
+          logit = splat(a.softcap) * (splat(2.0f) * sigmoid(logit * splat(2.0f / a.softcap)) - splat(1.0f));
+        store(F32(), to[m] + v * W, logit);
+      }
   }
 
-  void add_values(float* total, float kept, const float* weights, int from, int to, const float* values,
-                  int64_t stride) const {
-    constexpr int VECTORS = 4;
-    for (int64_t i = 0; i < a.value_width; i += VECTORS * W) {
-      const int64_t left = a.value_width - i;
-      if (left >= VECTORS * W) {
-        F sums_of[VECTORS];
+  template <class Stored, int M>
+  void add_values(State* of, const float* kept, const float (*weights)[PAGE], int from, int to,
+                  const typename Stored::Element* values, int64_t stride, const char* ahead) const {
+    constexpr int VECTORS = 4, SIZE = int(sizeof(typename Stored::Element));
+    int64_t i = 0;
+    for (; i + VECTORS * W <= a.value_width; i += VECTORS * W) {
+      F sums_of[M][VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) sums_of[v] = read<F>(total + i + v * W) * splat(kept);
-        for (int j = from; j < to; ++j)
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sums_of[m][v] = read<F>(of[m].sum + i + v * W) * splat(kept[m]);
+      for (int j = from; j < to; ++j) {
+#pragma GCC unroll 4
+        for (int byte = 0; byte < VECTORS * W * SIZE; byte += 64)
+          __builtin_prefetch(ahead + (j * stride + i) * SIZE + byte);
+        F value[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) value[v] = load(Stored(), values + j * stride + i + v * W);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v)
-            sums_of[v] = multiply_add(splat(weights[j]), read<F>(values + j * stride + i + v * W), sums_of[v]);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) store(F32(), total + i + v * W, sums_of[v]);
-      } else {
-        for (int64_t at = i; at < a.value_width; at += W) {
-          F one = read<F>(total + at) * splat(kept);
-          for (int j = from; j < to; ++j)
-            one = multiply_add(splat(weights[j]), load_up_to(F32(), values + j * stride + at, a.value_width - at), one);
-          store(F32(), total + at, one);
-        }
+            sums_of[m][v] = multiply_add(splat(weights[m][j]), value[v], sums_of[m][v]);
       }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) store(F32(), of[m].sum + i + v * W, sums_of[m][v]);
     }
+    for (; i < a.value_width; i += W)
+      for (int m = 0; m < M; ++m) {
+        F one = read<F>(of[m].sum + i) * splat(kept[m]);
+        for (int j = from; j < to; ++j)
+          one = multiply_add(splat(weights[m][j]), load_up_to(Stored(), values + j * stride + i, a.value_width - i), one);
+        store(F32(), of[m].sum + i, one);
+      }
   }
 
   void finish(const State& state, int64_t token, int64_t head) const {
