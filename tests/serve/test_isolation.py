@@ -95,7 +95,7 @@ def test_logits_do_not_depend_on_the_batch(family: str) -> None:
 def test_logits_do_not_depend_on_preemption() -> None:
     tokens, alone = logits_of(engine_of("olmoe"), LATE_PROBE)
     token_bytes = 2 * 2 * (8 + 8) * 4  # layers, heads, widths of keys and values, float32
-    engine = engine_of("olmoe", kv_bytes=16 * token_bytes * 10, token_budget=64)
+    engine = engine_of("olmoe", kv_bytes=16 * token_bytes * 10, max_context=120, token_budget=64)
     growing = SamplingParams(max_tokens=60, seed=1, ignore_eos=True)
     for _ in range(2):
         mates = (Request(f"mate-{index}", [index % 250, 1, 2], growing) for index in range(10_000))
