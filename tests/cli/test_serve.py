@@ -149,3 +149,23 @@ def test_a_second_signal_ends_them(model: Path) -> None:
         assert told == "moesaic: error: ended before the requests in flight had their answers\n"
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             answer.read()
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_model_loads(tmp_path: Path) -> None:
+    script = """
+import sys, threading
+from moesaic.serve.server.run import serve
+from moesaic.serve.server.settings import ServerSettings
+
+def build():
+    print("loading", flush=True)
+    threading.Event().wait()
+
+serve(ServerSettings("demo", port=0), build)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from tests.serve.server.running import Running
+from tests.serve.server.conftest import SETTINGS
+from tests.serve.server.running import Running, serving
+from tests.serve.tiny import byte_tokenizer, tiny
+
+from moesaic.serve.server.build import load
 
 GREEDY: dict[str, Any] = {"model": "base", "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
@@ -157,6 +162,17 @@ def test_what_is_measured(served: Running) -> None:
     assert float(metrics["moesaic_time_between_tokens_seconds_count"]) >= 11
     assert float(metrics['moesaic_http_responses_total{route="/v1/completions",status="200"}']) >= 1
     assert 'moesaic_expert_rows_total{expert="7",layer="model.layers.1.mlp.experts"}' in metrics
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with serving(lambda: load(tmp_path, SETTINGS)) as server:
+        assert server.client().completions.create(model="base", prompt="x", max_tokens=2).usage
+        stats = server.ask("GET", "/stats")[2]
+        assert (stats["experts"], stats["chat"]) == ([], False)
+        with pytest.raises(openai.BadRequestError, match="chat template"):
+            server.client().chat.completions.create(model="base", messages=MESSAGES)
 
 
 def test_the_page_and_the_document(served: Running) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from moesaic.adapters.pool import AdapterPool
+from moesaic.hf import freeze
 from moesaic.hf.load import load_model
+from moesaic.hf.quantized import expert_modules
 from moesaic.serve.engine import Engine
 from moesaic.serve.request import EngineSettings
 from moesaic.serve.server.service import Loaded
@@ -35,6 +37,8 @@ def load(
         MoesaicError: where the model, an adapter or the settings cannot be used.
     """
     model, tokenizer = load_model(folder, dtype=dtype)
+    if expert_modules(model):
+        freeze(model)  # before the pool, which moves the weights
     pool = AdapterPool(model) if adapters or with_pool else None
     for name, path in (adapters or {}).items():
         assert pool is not None

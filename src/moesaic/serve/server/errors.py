@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from moesaic.errors import MoesaicError, UsageError
+from moesaic.errors import MissingDependencyError, MoesaicError, UnsupportedError, UsageError
 from moesaic.serve.openai import complaint
 from moesaic.serve.request import UnknownAdapterError
 from moesaic.serve.server.loop import EngineFailure
@@ -80,10 +80,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, _line(error), param="model", code="model_not_found")
     if isinstance(error, EngineFailure):
         return ApiError(500, _line(error), code="engine_failed")
+    if isinstance(error, UnsupportedError | MissingDependencyError):
+        return ApiError(501, _line(error), code="unsupported")
     if isinstance(error, UsageError):
         return ApiError(400, _line(error))
-    if isinstance(error, MoesaicError):
-        return ApiError(501 if isinstance(error, NotImplementedError) else 500, _line(error))
     if isinstance(error, _HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "an error inside the server; its log says more", code="internal_error")

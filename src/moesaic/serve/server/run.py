@@ -27,6 +27,8 @@ log = logging.getLogger("moesaic.serve")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 1024
+_KEEP_ALIVE_SECONDS = 60
+"""Longer than clients keep idle connections, so that it is they who close them: else they may just be asking again."""
 _STEP_SECONDS = 30.0
 """How long the end waits for the engine's step; after a second signal, a tenth of it."""
 _CUT_SHORT = "ended before the requests in flight had their answers"
@@ -103,6 +105,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 # The service ends what is left a little earlier, and tells the clients.
                 timeout_graceful_shutdown=math.ceil(service.settings.drain_seconds) + 2,
             )
