@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moesaic.adapters.mapped import mapped_tensors
 from moesaic.errors import CheckpointError, UsageError
 
 FORMAT, VERSION = "moesaic-esft", 1
@@ -86,9 +87,9 @@ class ExpertAdapter:
             CheckpointError: where the file has gone or changed since it was checked.
         """
         try:
-            with safe_open(self.path / TENSORS, framework="pt") as file:
-                return {name: file.get_tensor(f"{module_path}.{name}") for name in self.parameters[module_path]}
-        except (OSError, SafetensorError) as error:
+            tensors = mapped_tensors(self.path / TENSORS)
+            return {name: tensors[f"{module_path}.{name}"] for name in self.parameters[module_path]}
+        except (OSError, SafetensorError, LookupError) as error:
             raise _broken(self.path, f"{TENSORS} cannot be read: {error}") from error
 
 

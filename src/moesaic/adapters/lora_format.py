@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from moesaic.adapters.folder import PEFT_MANIFEST, Base, adapter_folder
 from moesaic.adapters.lora import LoraAdapter, LoraPart, check_parts, find_targets
 from moesaic.adapters.lora_peft import check_settings, config_of, parts_of, tensors_of
+from moesaic.adapters.mapped import mapped_tensors
 from moesaic.errors import CheckpointError, UsageError
 
 FORMAT, VERSION = "moesaic-lora", 1
@@ -106,7 +107,7 @@ def _read(folder: Path, model: nn.Module, fingerprint: str | None) -> LoraAdapte
             f"it was trained from {base.name!r} ({base.fingerprint}), and this base is another model ({fingerprint})"
         )
     try:
-        tensors = load_file(folder / TENSORS)
+        tensors = mapped_tensors(folder / TENSORS)
     except FileNotFoundError:
         raise CheckpointError(f"it holds no {TENSORS} (an adapter_model.bin is not read)") from None
     except (OSError, SafetensorError) as error:
