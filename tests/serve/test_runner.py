@@ -26,9 +26,10 @@ from transformers import (
 
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts.native import attention as native
+from moesaic.serve import model as serve_model
 from moesaic.serve.cache import free_memory, make_pools, num_pages
 from moesaic.serve.load import ExpertLoad
-from moesaic.serve.model import context_limit, prepare
+from moesaic.serve.model import KVShape, context_limit, prepare
 from moesaic.serve.runner import Runner
 from moesaic.serve.scheduler import Chunk
 from moesaic.serve.sequence import Sequence
@@ -149,6 +150,16 @@ def test_an_encoder_with_a_decoder_is_refused() -> None:
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedError, match="encoder with a decoder"):
         prepare(AutoModelForSeq2SeqLM.from_config(config), 512)
+
+
+def test_layers_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {
+        module: KVShape(1, 8, 8, torch.float32, torch.device(device), 0)
+        for module, device in zip((torch.nn.Identity(), torch.nn.Identity()), ("cpu", "meta"), strict=True)
+    }
+    monkeypatch.setattr(serve_model, "_attention_layers", lambda _: shapes)
+    with pytest.raises(UnsupportedError, match=r"several devices \(cpu, meta\)"):
+        prepare(llama(), 64)
 
 
 def llama(**options: object) -> PreTrainedModel:

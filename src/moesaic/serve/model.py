@@ -81,6 +81,8 @@ def prepare(model: PreTrainedModel, context: int) -> dict[nn.Module, KVShape]:
     layers = _attention_layers(model)
     if len(layers) != config.num_hidden_layers:
         raise _unsupported(model, f"{len(layers)} of its {config.num_hidden_layers} layers use attention as we know it")
+    if len(devices := {str(shape.device) for shape in layers.values()}) > 1:
+        raise _unsupported(model, f"its layers are on several devices ({', '.join(sorted(devices))})")
     window = getattr(config, "sliding_window", None) or context
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
     for (module, shape), kind in zip(layers.items(), kinds, strict=True):
