@@ -9,6 +9,8 @@ import pytest
 import torch
 from tests.experts.native.problems import needs_library
 from torch import Tensor, nn
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
 from moesaic.experts.native import linear
 from moesaic.hf import use_native_linears
@@ -78,3 +80,21 @@ def test_subclasses_are_left_alone() -> None:
         pass
 
     assert use_native_linears(nn.Sequential(Other(3, 3))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_routers_that_multiply_by_a_weight_of_their_own(dtype: torch.dtype, calls: list[int]) -> None:
+    router = OlmoeTopKRouter(OlmoeConfig(hidden_size=24, num_experts=8, num_experts_per_tok=2)).to(dtype)
+    torch.manual_seed(0)
+    nn.init.normal_(router.weight)
+    x = torch.randn(7, 24).to(dtype)
+    with torch.inference_mode():
+        wanted = router(x)
+        assert use_native_linears(nn.Sequential(router, nn.LayerNorm(8))) == 1
+        got = router(x)
+    assert calls == [7]
+    for one, other in zip(got[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    assert torch.equal(got[2], wanted[2])
+    router(x)[0].sum().backward()
+    assert router.weight.grad is not None and len(calls) <= 1
