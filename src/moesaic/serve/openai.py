@@ -258,6 +258,8 @@ def complaint(errors: Sequence[Any], fields: Mapping[str, Any] | None = None) ->
         errors: ``errors()`` of a pydantic ValidationError, or of FastAPI's, whose places begin with "body".
         fields: ``model_fields`` of the body's class: they say what a field may hold, and which fields there are.
     """
+    # A misspelled name is why another one is missing.
+    errors = sorted(errors, key=lambda error: error["type"] != "extra_forbidden")
     places = [list(error["loc"])[error["loc"][:1] == ("body",) :] for error in errors]
     # Of a value that is none of several types, pydantic says for each type why not: what is deepest got farthest.
     rank = [len(place) if place[:1] == places[0][:1] else -1 for place in places]

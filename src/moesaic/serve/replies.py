@@ -177,18 +177,20 @@ class Reply:
         """Whether every continuation has ended."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
-    def add(self, output: Output) -> Completion | ChatChunk:
-        """Take in an output; the event that a stream sends for it."""
+    def take(self, output: Output) -> int:
+        """Take in an output; the choice that it belongs to."""
         index = self._first[output.request_id] + output.index
         choice = self._choices[index]
-        offset = choice.offset
         choice.text.append(output.text)
-        if not self.is_chat:
-            choice.offset += sum(len(self._name(one.token)) for one in output.logprobs)
         choice.tokens += len(output.token_ids)
         choice.logprobs += output.logprobs
         choice.finish_reason = output.finish_reason
         self._cached[output.request_id] = max(self._cached[output.request_id], output.cached_tokens)
+        return index
+
+    def add(self, output: Output) -> Completion | ChatChunk:
+        """Take in an output; the event that a stream sends for it."""
+        index = self.take(output)
         if self.is_chat:
             return self._chat_chunk(
                 ChatChunkChoice(
@@ -198,6 +200,9 @@ class Reply:
                     finish_reason=output.finish_reason,
                 )
             )
+        choice = self._choices[index]
+        offset = choice.offset
+        choice.offset += sum(len(self._name(one.token)) for one in output.logprobs)
         return self._completion([self._completion_choice(index, output.text, output.logprobs, offset)])
 
     def opening(self) -> list[ChatChunk]:
@@ -273,7 +278,10 @@ class Reply:
             text_offset=offsets,
             tokens=tokens,
             token_logprobs=[one.logprob for one in logprobs],
-            top_logprobs=[{self._name(token): value for token, value in one.top} for one in logprobs],
+            # OpenAI names the chosen token in any case.
+            top_logprobs=[
+                {self._name(token): value for token, value in (*one.top, (one.token, one.logprob))} for one in logprobs
+            ],
         )
 
     def _chat_logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs | None:
