@@ -31,10 +31,15 @@ class EngineUnderTest:
         self.model: Any = load(folder)
         moesaic.freeze(self.model)
         self.pool = AdapterPool(self.model) if adapters else None
-        self.engine = Engine(self.model, load_tokenizer(folder), settings, self.pool)
+        self._tokenizer = load_tokenizer(folder)
+        self.restart(settings)
         self._experts: list[Any] = list(expert_modules(self.model).values())
         # What is made at first use is there afterwards.
         self.serve(mixed(self.model.config.vocab_size, 4, (8, 64), (4, 4), seed=1))
+
+    def restart(self, settings: EngineSettings | None) -> None:
+        """Go on with a new engine around the same model."""
+        self.engine = Engine(self.model, self._tokenizer, settings, self.pool)
 
     def serve(self, jobs: Sequence[Job], late: Sequence[tuple[int, Job]] = ()) -> Served:
         """Serve a load.
@@ -43,25 +48,24 @@ class EngineUnderTest:
             late: further requests, each with the number of the step before which it is sent, in this order.
         """
         times: list[list[float]] = []
-        waiting, step, touched = list(late), 0, 0.0
+        waiting, steps, touched = list(late), list[float](), 0.0
         others, start = OtherProcesses(0.0), time.perf_counter()
         for job in jobs:
             self._send(job, times)
         while self.engine.has_work or waiting:
-            while waiting and waiting[0][0] <= step:
+            while waiting and waiting[0][0] <= len(steps):
                 self._send(waiting.pop(0)[1], times)
             outputs = self.engine.step()
             here = time.perf_counter() - start
             for output in outputs:
                 times[int(output.request_id)].extend([here] * len(output.token_ids))
-            step += 1
+            steps.append(here)
             touched += self._touched()
         seconds = time.perf_counter() - start
         everything = [*jobs, *(job for _, job in late)]
         prompts, new = sum(len(job.prompt_ids) for job in everything), sum(map(len, times))
-        return Served(
-            NAME, seconds, len(times), prompts, new, tuple(map(tuple, times)), others.share(0.0), touched / step
-        )
+        share, experts = others.share(0.0), touched / len(steps)
+        return Served(NAME, seconds, len(times), prompts, new, tuple(map(tuple, times)), share, experts, tuple(steps))
 
     def close(self) -> None:
         """Unload the adapters."""

@@ -23,14 +23,13 @@ def run_prefixes(folder: Path, tell: Callable[[str], None]) -> Part:
     jobs = grouped(vocab_size(folder), GROUPS, EACH, PROMPT, SHARED, NEW)
     found: dict[bool, Served] = {}
     computed: dict[bool, int] = {}
-    for sharing in (True, False):
-        settings = EngineSettings(prefix_sharing=sharing, max_context=1024)
-        with opened(lambda settings=settings: EngineUnderTest(folder, settings)) as engine:  # type: ignore[misc]
-            before = engine.engine.stats().cached_tokens
+    with opened(lambda: EngineUnderTest(folder)) as engine:
+        for sharing in (True, False):
+            engine.restart(EngineSettings(prefix_sharing=sharing, max_context=1024))
             found[sharing] = engine.serve(jobs)
-            cached = engine.engine.stats().cached_tokens - before
-        computed[sharing] = found[sharing].prompt_tokens + found[sharing].new_tokens - cached
-        tell(f"prefix sharing {sharing}: {found[sharing].seconds:.1f} s")
+            cached = engine.engine.stats().cached_tokens
+            computed[sharing] = found[sharing].prompt_tokens + found[sharing].new_tokens - cached
+            tell(f"prefix sharing {sharing}: {found[sharing].seconds:.1f} s")
     work = f"{GROUPS} groups of {EACH}, prompts of {PROMPT} tokens, {SHARED:.0%} shared, {NEW} new tokens"
     ratio = found[False].seconds / found[True].seconds
     rows = [

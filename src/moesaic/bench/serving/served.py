@@ -24,6 +24,7 @@ class Served:
             the contender does not tell.
         others: the share of all CPUs' time that other processes used meanwhile; None where that is not known.
         experts: distinct ones, adapters' included, that a layer computed in a step, on average; 0: unknown.
+        steps: when each step of the engine ended; empty: unknown.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Served:
     times: tuple[tuple[float, ...], ...] = ()
     others: float | None = None
     experts: float = 0.0
+    steps: tuple[float, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -49,6 +51,10 @@ class Served:
         """The times between successive tokens, of all requests or of these."""
         chosen = self.times if requests is None else [self.times[i] for i in requests]
         return Gaps(np.concatenate([np.diff(times) for times in chosen if len(times) > 1]))
+
+    def longest_step(self) -> float:
+        """Seconds of the longest step."""
+        return float(np.diff((0.0, *self.steps)).max())
 
     def waits(self) -> float:
         """Median seconds to a request's first token."""
