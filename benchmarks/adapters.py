@@ -35,13 +35,13 @@ DOMAINS = ("code", "prose")
 SEEDS = (0, 1, 2)
 # What each method is run with. The learning rate is the best of RATES for it, by --search: one seed, on code.
 METHODS = {
-    "ESFT": ["method=esft", "threshold=0.3", "learning_rate=1e-3"],
+    "ESFT": ["method=esft", "threshold=0.3", "learning_rate=3e-3"],
     "LoRA": ["method=lora", "targets=both", "rank=8", "learning_rate=3e-3"],
     "full": ["method=full", "learning_rate=1e-3"],
 }
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 TRAINING = [
-    *["train.steps=150", "train.batch_size=8", "train.warmup_steps=15", "train.final_learning_rate=0.0"],
+    *["train.steps=120", "train.batch_size=8", "train.warmup_steps=12", "train.final_learning_rate=0.0"],
     *["train.weight_decay=0.0", "train.save_every=0", "train.eval_tokens=16384", "data.sequence_length=128"],
     *["data.sources=stdlib"],
 ]
