@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.serve.server.conftest import SETTINGS
 from tests.serve.server.running import Running, serving
 from tests.serve.tiny import byte_tokenizer, tiny
 
+from moesaic.serve import constraints
 from moesaic.serve.server.build import load
 
 GREEDY: dict[str, Any] = {"model": "base", "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -114,6 +116,19 @@ def test_text_that_must_match(served: Running) -> None:
     assert 0 <= json.loads(answer.choices[0].message.content or "")["n"] <= 99
     text = client.completions.create(model="base", prompt="x", extra_body={"regex": "[ab]{3}"}).choices[0].text
     assert len(text) == 3 and set(text) <= set("ab")
+
+
+def test_grammars_are_compiled_beside_the_engine(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    compile_ = constraints._Compiler._compile
+
+    def watched(self: Any, kind: str, text: str) -> Any:
+        threads.append(threading.current_thread().name)
+        return compile_(self, kind, text)
+
+    monkeypatch.setattr(constraints._Compiler, "_compile", watched)
+    served.client().completions.create(model="base", prompt="x", n=2, extra_body={"regex": "[cd]{3}"})
+    assert [name.split("_")[0] for name in threads] == ["moesaic-schemas"]
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,13 @@ def load(
         assert pool is not None
         pool.load(name, path)
     engine = Engine(model, tokenizer, settings, pool)
-    # The engine's thread and the server's use a tokenizer each: one cannot bear two threads.
+    # The engine's thread and the server's have a tokenizer each: one cannot bear two threads.
     own = copy.deepcopy(tokenizer)
     return Loaded(
         engine,
         own,
-        Vocabulary.of(model, own),
+        # The engine's: what is compiled for a text that must match is remembered by tokenizer.
+        Vocabulary.of(model, tokenizer),
         token_bytes(own),
         engine.max_context,
         settings.page_size,

@@ -53,6 +53,7 @@ class Loaded:
 
     Attributes:
         tokenizer: the server's own copy; the engine has another one, on another thread.
+        vocabulary: the engine's, for compiling schemas.
         max_context: tokens of prompt and output together.
         adapters: those that ``pool`` holds from the start.
     """
