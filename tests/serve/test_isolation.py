@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from tests.adapters.lora_models import random_lora
+from tests.adapters.test_pool import write
 from tests.experts.native.problems import needs_library
 from tests.serve.tiny import CONFIGS, VOCABULARY, byte_tokenizer, tiny
 from torch import Tensor
 from torch.nn import functional as F
 
+from moesaic.adapters.lora_format import save_lora
+from moesaic.adapters.pool import AdapterPool
 from moesaic.errors import UnsupportedError
 from moesaic.serve import isolation
 from moesaic.serve.engine import Engine
@@ -102,6 +108,43 @@ def test_logits_do_not_depend_on_preemption() -> None:
         others, together = logits_of(engine, LATE_PROBE, mates)
         assert others == tokens and torch.equal(alone, together)
     assert engine.stats().preemptions
+
+
+@pytest.mark.parametrize("family", ["moesaic", "gpt_oss"])
+def test_logits_do_not_depend_on_the_adapters_of_others(family: str, tmp_path: Path) -> None:
+    model = tiny(family, experts_implementation="moesaic")
+    folders = {f"esft-{seed}": write(model, tmp_path / f"esft-{seed}", seed) for seed in range(3)}
+    for seed, rank in enumerate((2, 9, 20)):
+        lora = random_lora(model, rank=rank, seed=seed)
+        folders[f"lora-{seed}"] = save_lora(tmp_path / f"lora-{seed}", lora, model)
+    alone = {}
+    for name in (None, "esft-1", "lora-1"):
+        engine = adapted(family, {name: folders[name]} if name else {})
+        alone[name] = logits_of(engine, replace(PROBE, adapter=name))
+    assert not torch.equal(alone[None][1], alone["esft-1"][1]) and not torch.equal(alone[None][1], alone["lora-1"][1])
+    # Loaded in other orders, so that the same adapter lies in other slots; and beside what was there and is gone.
+    engine = adapted(family, folders)
+    other = adapted(family, dict(reversed(folders.items())))
+    other.unload_adapter("esft-2")
+    for one, seed in ((engine, 1), (engine, 2), (other, 3)):
+        mates = (
+            replace(
+                mate, adapter=random.Random(f"{seed}{mate.id}").choice([None, "esft-0", "esft-1", "lora-1", "lora-2"])
+            )
+            for mate in crowd(seed, PROMPT)
+        )
+        for name, (tokens, wanted) in alone.items():
+            others, together = logits_of(one, replace(PROBE, adapter=name), mates)
+            assert others == tokens
+            assert torch.equal(together, wanted), (name, seed)
+
+
+def adapted(family: str, folders: Mapping[str, Path]) -> Engine:
+    model = tiny(family, experts_implementation="moesaic")
+    pool = AdapterPool(model)
+    for name, folder in folders.items():
+        pool.load(name, folder)
+    return Engine(model, byte_tokenizer(), EngineSettings(max_context=288, token_budget=90), adapters=pool)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
