@@ -2,109 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.serve.tiny import VOCABULARY, byte_tokenizer, tiny
+from tests.serve.driving import (
+    END,
+    GREEDY,
+    PROMPTS,
+    TOKENIZER,
+    assert_all_returned,
+    engine_of,
+    finish,
+    gathered,
+    generated,
+    run,
+)
+from tests.serve.tiny import VOCABULARY
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from moesaic.adapters.fingerprint import fingerprint
-from moesaic.adapters.folder import AdapterLayer, Base, write_adapter
-from moesaic.adapters.pool import AdapterPool
 from moesaic.errors import ConfigError, UnsupportedError, UsageError
-from moesaic.hf.experts import weights_of
-from moesaic.serve.engine import Engine
-from moesaic.serve.request import EngineSettings, Output, Request, SamplingParams, UnknownAdapterError
-
-TOKENIZER = byte_tokenizer()
-END = 256
-GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-# Two layers, keys and values of 16 tokens, two heads.
-PAGE_BYTES = {"olmoe": 2 * 2 * 16 * 2 * 8 * 4, "moesaic": 2 * 2 * 16 * 2 * 16 * 4}
-
-
-@cache
-def model_of(family: str) -> PreTrainedModel:
-    return tiny(family, experts_implementation="moesaic")
-
-
-def engine_of(family: str = "olmoe", pages: int = 200, adapters: AdapterPool | None = None, **options: Any) -> Engine:
-    model = model_of(family) if adapters is None else adapters.model
-    kv_bytes = pages * PAGE_BYTES.get(family, 4096)
-    return Engine(model, TOKENIZER, EngineSettings(**{"kv_bytes": kv_bytes} | options), adapters)  # type: ignore[arg-type]
-
-
-@cache
-def plain_model(family: str) -> PreTrainedModel:
-    return tiny(family, attn_implementation="eager", experts_implementation="eager")
-
-
-@cache
-def generated(prompt: tuple[int, ...], length: int, family: str = "olmoe") -> tuple[int, ...]:
-    """What generate says, which ends nowhere: these models' configurations name no end token."""
-    return continued(plain_model(family), prompt, length)
-
-
-def continued(model: PreTrainedModel, prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
-    ids = torch.tensor([prompt])
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-    out: Tensor = model.generate(ids, max_new_tokens=length, **options)  # type: ignore[operator]
-    return tuple(out[0, len(prompt) :].tolist())
-
-
-def random_prompts(lengths: Iterable[int]) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(VOCABULARY, (n,), generator=generator).tolist()) for n in lengths]
-
-
-def finish(engine: Engine) -> list[Output]:
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-    return outputs
-
-
-def gathered(outputs: Iterable[Output]) -> dict[tuple[str, int], Output]:
-    """The outputs of each continuation as one."""
-    whole: dict[tuple[str, int], Output] = {}
-    for output in outputs:
-        key = output.request_id, output.index
-        if key in whole:
-            before = whole[key]
-            assert before.finish_reason is None, "something came after the end"
-            output = replace(
-                output,
-                token_ids=before.token_ids + output.token_ids,
-                text=before.text + output.text,
-                logprobs=before.logprobs + output.logprobs,
-            )
-        whole[key] = output
-    return whole
-
-
-def run(engine: Engine, *requests: Request) -> dict[tuple[str, int], Output]:
-    for request in requests:
-        engine.add(request)
-    return gathered(finish(engine))
-
-
-def assert_all_returned(engine: Engine) -> None:
-    stats = engine.stats()
-    assert (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
-    assert not engine.has_work
-    assert not engine._flights and not engine._continuations
-
-
-PROMPTS = random_prompts([1, 5, 16, 17, 33, 60, 100, 160])
-PROMPTS += [PROMPTS[-1][:90] + PROMPTS[1], PROMPTS[-1][:96], PROMPTS[-1]]  # beginnings in common
+from moesaic.serve.request import Output, Request, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -115,7 +35,7 @@ PROMPTS += [PROMPTS[-1][:90] + PROMPTS[1], PROMPTS[-1][:96], PROMPTS[-1]]  # beg
         ("olmoe", {"token_budget": 512, "prefix_sharing": False}),
         ("olmoe", {"token_budget": 40, "pages": 20}),
         ("olmoe", {"token_budget": 100, "pages": 14, "prefix_sharing": False}),
-        ("olmoe", {"isolate": False}),
+        ("olmoe", {"isolate": True}),
         ("moesaic", {"token_budget": 50, "pages": 20}),
     ],
     ids=str,
@@ -360,72 +280,3 @@ def test_whatever_happens(actions: list[tuple[str, int, int, int]], pages: int, 
     assert_all_returned(engine)
     engine._scheduler.tree.clear()
     assert engine._scheduler.pool.free == pages
-
-
-def write_esft(model: PreTrainedModel, folder: Path, seed: int) -> dict[str, Tensor]:
-    """An adapter of three experts of each layer; returns all experts as the merged model has them."""
-    torch.manual_seed(seed)
-    layers, tensors, merged = {}, {}, {}
-    for name, module in model.named_modules():
-        if not hasattr(module, "gate_up_proj"):
-            continue
-        weights = weights_of(module)
-        layers[name] = AdapterLayer([1, 4, 6], [0.1, 0.2, 0.3], 8)
-        tensors[name] = {}
-        for parameter, base in (("gate_up_proj", weights.up), ("down_proj", weights.down)):
-            whole = base.detach().clone()
-            whole[[1, 4, 6]] += torch.randn_like(whole[[1, 4, 6]]) * 0.3
-            tensors[name][parameter] = whole[[1, 4, 6]]
-            merged[f"{name}.{parameter}"] = whole
-    write_adapter(folder, Base(fingerprint(model), "olmoe", "tiny"), layers, tensors, {})
-    return merged
-
-
-def merged_model(merged: dict[str, Tensor]) -> PreTrainedModel:
-    model = tiny("olmoe", attn_implementation="eager", experts_implementation="eager")
-    with torch.no_grad():
-        for name, tensor in merged.items():
-            model.get_parameter(name).copy_(tensor)
-    return model
-
-
-def test_adapters_are_mixed_loaded_and_unloaded_while_serving(tmp_path: Path) -> None:
-    model = tiny("olmoe", experts_implementation="moesaic")
-    merged = {name: write_esft(model, tmp_path / name, seed) for seed, name in enumerate(("poet", "critic"))}
-    alone = {name: continued(merged_model(tensors), PROMPTS[5], 24) for name, tensors in merged.items()}
-    assert len({*alone.values(), generated(PROMPTS[5], 24)}) == 3
-    pool = AdapterPool(model, max_slots=6)
-    pool.load("poet", tmp_path / "poet")
-    engine = engine_of(adapters=pool, token_budget=50)
-    engine.add(Request("p", PROMPTS[5], GREEDY, adapter="poet"))
-    engine.add(Request("b", PROMPTS[5], GREEDY))
-    outputs = engine.step() + engine.step()
-    engine.publish_adapter(pool.prepare("critic", tmp_path / "critic"))
-    engine.add(Request("c", PROMPTS[5], GREEDY, adapter="critic"))
-    assert engine.stats().adapters == {"poet": 1, "critic": 1}
-    assert engine.stats().slots_used == 2 * 6
-
-    engine.unload_adapter("poet")  # it goes when its request has ended
-    with pytest.raises(UnknownAdapterError, match="no adapter 'poet'"):
-        engine.add(Request("late", PROMPTS[5], GREEDY, adapter="poet"))
-    with pytest.raises(UnknownAdapterError):
-        engine.unload_adapter("poet")
-    assert pool.names() == ["poet", "critic"]
-    found = gathered(outputs + finish(engine))
-    assert found["p", 0].token_ids == alone["poet"]
-    assert found["c", 0].token_ids == alone["critic"]
-    assert found["b", 0].token_ids == generated(PROMPTS[5], 24)
-    assert pool.names() == ["critic"]
-    stats = engine.stats()
-    assert stats.slots_used == 2 * 3
-    computed = sum(len(PROMPTS[5]) + 24 - 1 for _ in range(3))
-    assert all(len(counts) == 8 and sum(counts) == 2 * computed for counts in stats.expert_load.values())
-
-    # Another adapter under the name of one that is gone has nothing of its pages.
-    engine.unload_adapter("critic")
-    assert pool.names() == []
-    engine.publish_adapter(pool.prepare("critic", tmp_path / "poet"))
-    again = run(engine, Request("again", PROMPTS[5], GREEDY, adapter="critic"))["again", 0]
-    assert again.token_ids == alone["poet"]
-    assert again.cached_tokens == 0
-    pool.close()
