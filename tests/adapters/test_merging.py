@@ -158,3 +158,14 @@ def test_quantized_experts_are_refused(tmp_path: Path) -> None:
     moesaic.quantize(model, "int8")
     with pytest.raises(UnsupportedError, match="the experts are quantized"):
         adapters.load(model, path)
+
+
+def test_a_model_in_a_pool_is_refused(tmp_path: Path) -> None:
+    model = bases.make("olmoe")
+    path = random_adapter(model, tmp_path / "a")
+    pool = adapters.AdapterPool(model)
+    with pytest.raises(UsageError, match="are in an AdapterPool: load the adapter there"):
+        adapters.load(model, path)
+    assert pool.load("a", path) == 1
+    pool.close()
+    adapters.load(model, path).remove()

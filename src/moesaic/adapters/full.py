@@ -39,7 +39,7 @@ class FullTuning(Tuning):
 
 
 class Full(Method):
-    """Train every parameter, the routers with their balancing too, and write a whole model."""
+    """Train every parameter and write a whole model. Our routers are balanced as in training; transformers' are not."""
 
     settings = FullSettings
     result = "model"
