@@ -107,7 +107,8 @@ def _read(folder: Path, model: nn.Module, fingerprint: str | None) -> LoraAdapte
             f"it was trained from {base.name!r} ({base.fingerprint}), and this base is another model ({fingerprint})"
         )
     try:
-        tensors = mapped_tensors(folder / TENSORS)
+        # Copies: the file may be written anew while the adapter is in use.
+        tensors = {name: tensor.clone() for name, tensor in mapped_tensors(folder / TENSORS).items()}
     except FileNotFoundError:
         raise CheckpointError(f"it holds no {TENSORS} (an adapter_model.bin is not read)") from None
     except (OSError, SafetensorError) as error:
