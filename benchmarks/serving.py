@@ -1,4 +1,4 @@
-"""Serving against its targets: ``python benchmarks/serving.py [--only throughput,decode] [--out FOLDER]``.
+"""Serving against its targets: ``python benchmarks/serving.py [--only batching,decode] [--out FOLDER]``.
 
 Prints a table for each part when it is measured, then the verdicts. ``serving.json`` is written after every part, and
 keeps what earlier runs measured of the others, so that parts may run one at a time; each takes under three minutes and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,66 @@ from moesaic.serve.request import EngineSettings, Request, SamplingParams
 NAME = "moesaic engine"
 
 
+class Run:
+    """A load on its way through an engine. Its clock runs during its own steps only, so that two may take turns.
+
+    Args:
+        experts: modules, whose distinct experts are counted in every step.
+        late: further requests, each with the number of the step before which it is sent, in this order.
+    """
+
+    def __init__(
+        self, engine: Engine, experts: Sequence[Any], jobs: Sequence[Job], late: Sequence[tuple[int, Job]] = ()
+    ) -> None:
+        self._engine, self._experts = engine, experts
+        self._waiting = deque(late)
+        self._jobs: list[Job] = []
+        self._times: list[list[float]] = []
+        self._steps: list[float] = []
+        self._clock = self._touched = 0.0
+        self._others = OtherProcesses(0.0)
+        for job in jobs:
+            self._send(job)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a step to make."""
+        return self._engine.has_work or bool(self._waiting)
+
+    def step(self) -> None:
+        """One step of the engine."""
+        start = time.perf_counter()
+        while self._waiting and self._waiting[0][0] <= len(self._steps):
+            self._send(self._waiting.popleft()[1])
+        outputs = self._engine.step()
+        self._clock += time.perf_counter() - start
+        for output in outputs:
+            self._times[int(output.request_id)].extend([self._clock] * len(output.token_ids))
+        self._steps.append(self._clock)
+        counts = [module.last_counts for module in self._experts if module.last_counts is not None]
+        self._touched += sum(int(each.count_nonzero()) for each in counts) / max(1, len(counts))
+
+    def served(self) -> Served:
+        """What came of it."""
+        return Served(
+            NAME,
+            self._clock,
+            len(self._jobs),
+            sum(len(job.prompt_ids) for job in self._jobs),
+            sum(map(len, self._times)),
+            times=tuple(map(tuple, self._times)),
+            others=self._others.share(0.0),
+            experts=self._touched / len(self._steps),
+            steps=tuple(self._steps),
+        )
+
+    def _send(self, job: Job) -> None:
+        params = SamplingParams(max_tokens=job.new_tokens, temperature=0, ignore_eos=True)
+        self._engine.add(Request(str(len(self._jobs)), job.prompt_ids, params, job.adapter))
+        self._jobs.append(job)
+        self._times.append([])
+
+
 class EngineUnderTest:
     """A model and an engine around it, which serves loads one after the other.
 
@@ -32,51 +93,39 @@ class EngineUnderTest:
         moesaic.freeze(self.model)
         self.pool = AdapterPool(self.model) if adapters else None
         self._tokenizer = load_tokenizer(folder)
-        self.restart(settings)
         self._experts: list[Any] = list(expert_modules(self.model).values())
+        self.restart(settings)
         # What is made at first use is there afterwards.
         self.serve(mixed(self.model.config.vocab_size, 4, (8, 64), (4, 4), seed=1))
 
     def restart(self, settings: EngineSettings | None) -> None:
         """Go on with a new engine around the same model."""
+        self.settings = settings
         self.engine = Engine(self.model, self._tokenizer, settings, self.pool)
 
     def serve(self, jobs: Sequence[Job], late: Sequence[tuple[int, Job]] = ()) -> Served:
-        """Serve a load.
+        """Serve a load, and ``late`` as :class:`Run` takes it."""
+        run = Run(self.engine, self._experts, jobs, late)
+        while run.has_work:
+            run.step()
+        return run.served()
 
-        Args:
-            late: further requests, each with the number of the step before which it is sent, in this order.
+    def serve_in_turns(self, loads: Sequence[Sequence[Job]]) -> list[Served]:
+        """Serve several loads, each by an engine of its own around the same model, step by step in turns.
+
+        What disturbs a step of one then disturbs the same step of the others; who comes first changes every time.
         """
-        times: list[list[float]] = []
-        waiting, steps, touched = list(late), list[float](), 0.0
-        others, start = OtherProcesses(0.0), time.perf_counter()
-        for job in jobs:
-            self._send(job, times)
-        while self.engine.has_work or waiting:
-            while waiting and waiting[0][0] <= len(steps):
-                self._send(waiting.pop(0)[1], times)
-            outputs = self.engine.step()
-            here = time.perf_counter() - start
-            for output in outputs:
-                times[int(output.request_id)].extend([here] * len(output.token_ids))
-            steps.append(here)
-            touched += self._touched()
-        seconds = time.perf_counter() - start
-        everything = [*jobs, *(job for _, job in late)]
-        prompts, new = sum(len(job.prompt_ids) for job in everything), sum(map(len, times))
-        share, experts = others.share(0.0), touched / len(steps)
-        return Served(NAME, seconds, len(times), prompts, new, tuple(map(tuple, times)), share, experts, tuple(steps))
+        engines = [Engine(self.model, self._tokenizer, self.settings, self.pool) for _ in loads]
+        runs = [Run(engine, self._experts, jobs) for engine, jobs in zip(engines, loads, strict=True)]
+        turn = 1
+        while any(run.has_work for run in runs):
+            for run in runs[::turn]:
+                if run.has_work:
+                    run.step()
+            turn = -turn
+        return [run.served() for run in runs]
 
     def close(self) -> None:
         """Unload the adapters."""
         if self.pool is not None:
             self.pool.close()
-
-    def _send(self, job: Job, times: list[list[float]]) -> None:
-        params = SamplingParams(max_tokens=job.new_tokens, temperature=0, ignore_eos=True)
-        self.engine.add(Request(str(len(times)), job.prompt_ids, params, job.adapter))
-        times.append([])
-
-    def _touched(self) -> float:
-        counts = [module.last_counts for module in self._experts]
-        return sum(int(each.count_nonzero()) for each in counts if each is not None) / max(1, len(counts))

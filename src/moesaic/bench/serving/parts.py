@@ -10,7 +10,7 @@ from moesaic.bench.serving.decode import run_decode
 from moesaic.bench.serving.mixtures import run_adapters
 from moesaic.bench.serving.part import Part
 from moesaic.bench.serving.prefixes import run_prefixes
-from moesaic.bench.serving.throughput import run_demo, run_throughput
+from moesaic.bench.serving.throughput import run_batching, run_demo, run_servers, run_vllm
 
 Run = Callable[[Path, Callable[[str], None]], Part]
 
@@ -18,7 +18,9 @@ DEMO = "demo"
 """The part that runs the demo model; all others run the OLMoE-shaped one."""
 
 PARTS: dict[str, Run] = {
-    "throughput": run_throughput,
+    "batching": run_batching,
+    "servers": run_servers,
+    "vllm": run_vllm,
     DEMO: run_demo,
     "adapters": run_adapters,
     "decode": run_decode,

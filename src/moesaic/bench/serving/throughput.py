@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from moesaic.bench.serving import vllm
@@ -21,6 +20,7 @@ REQUESTS = 32
 ONE_BY_ONE = 8
 """A server that answers one request after the other gets a quarter of the load: its rate is that of the whole."""
 CONTEXT = 1024
+WORK = f"{REQUESTS} requests at once, OLMoE shape, 4 layers"
 HEADER = (
     "contender",
     "s",
@@ -33,59 +33,62 @@ HEADER = (
 )
 
 
-def run_throughput(folder: Path, tell: Callable[[str], None]) -> Part:
-    """Everybody on the OLMoE-shaped model."""
+Field = Sequence[tuple[Callable[[], Contender], Sequence[Job]]]
+
+
+def run_batching(folder: Path, tell: Callable[[str], None]) -> Part:
+    """Our engine and transformers' continuous batching, in one process."""
     jobs = mixed(vocab_size(folder), REQUESTS)
-    few = jobs[:ONE_BY_ONE]
-    contenders: list[tuple[Callable[[], Contender], Sequence[Job]]] = [
-        (lambda: EngineUnderTest(folder, EngineSettings(max_context=CONTEXT)), jobs),
+    field: Field = [(lambda: _ours(folder), jobs), (lambda: ContinuousBatching(folder), jobs)]
+    return _part(f"{WORK}, in one process", field, 5.0, [], tell)
+
+
+def run_servers(folder: Path, tell: Callable[[str], None]) -> Part:
+    """Our server and transformers', asked by 32 clients."""
+    jobs = mixed(vocab_size(folder), REQUESTS)
+    field: Field = [
         (lambda: moesaic_serve(folder), jobs),
-        (lambda: ContinuousBatching(folder), jobs),
-        (lambda: transformers_serve(folder), few),
+        (lambda: transformers_serve(folder), jobs[:ONE_BY_ONE]),
     ]
-    lines = [
-        f"transformers serve got the first {ONE_BY_ONE} of the {REQUESTS} requests: it answers one after the other"
-    ]
+    line = f"transformers serve got the first {ONE_BY_ONE} of the {REQUESTS} requests: it answers one after the other"
+    return _part(f"{WORK}, over HTTP", field, 5.0, [line], tell)
+
+
+def run_vllm(folder: Path, tell: Callable[[str], None]) -> Part:
+    """Our engine and vLLM's, which is nobody's target; it takes part where it is installed."""
+    jobs = mixed(vocab_size(folder), REQUESTS)
+    field: Field = [(lambda: _ours(folder), jobs)]
     if absent := vllm.missing():
-        lines.append(f"vLLM did not take part: {absent}")
-    else:
-        contenders.append((lambda: vllm.Vllm(folder), jobs))
-    return _part(f"{REQUESTS} requests at once, OLMoE shape, 4 layers", contenders, lines, tell)
+        return _part(f"{WORK}, against vLLM", field, 1.0, [f"vLLM did not take part: {absent}"], tell)
+    return _part(f"{WORK}, against vLLM", [*field, (lambda: vllm.Vllm(folder), jobs)], 1.0, [], tell)
 
 
 def run_demo(folder: Path, tell: Callable[[str], None]) -> Part:
     """The demo model, which is small: what is not arithmetic counts."""
     jobs = mixed(vocab_size(folder), REQUESTS)
-    contenders: list[tuple[Callable[[], Contender], Sequence[Job]]] = [
-        (lambda: EngineUnderTest(folder), jobs),
-        (lambda: moesaic_serve(folder), jobs),
-        (lambda: ContinuousBatching(folder), jobs),
-    ]
-    return _part(f"{REQUESTS} requests at once, the demo model", contenders, [], tell)
+    field: Field = [(lambda: _ours(folder), jobs), (lambda: ContinuousBatching(folder), jobs)]
+    return _part(f"{REQUESTS} requests at once, the demo model, in one process", field, 5.0, [], tell)
 
 
-def _part(
-    title: str,
-    contenders: Sequence[tuple[Callable[[], Contender], Sequence[Job]]],
-    lines: list[str],
-    tell: Callable[[str], None],
-) -> Part:
+def _ours(folder: Path) -> EngineUnderTest:
+    return EngineUnderTest(folder, EngineSettings(max_context=CONTEXT))
+
+
+def _part(title: str, field: Field, least: float, lines: list[str], tell: Callable[[str], None]) -> Part:
+    """The first of the field against the others, one after the other."""
     found: list[Served] = []
-    for make, jobs in contenders:
+    for make, jobs in field:
         with opened(make) as contender:
             found.append(contender.serve(jobs))
         tell(f"{found[-1].name}: {found[-1].rate:.1f} new tokens/s")
-    ours, served, *others = found
-    verdicts = [Verdict("throughput", title, f"engine / {each.name}", 5.0, ours.rate / each.rate) for each in others]
-    verdicts += [
-        Verdict("throughput", title, f"moesaic serve / {each.name}", 5.0, served.rate / each.rate)
-        for each in others
-        if "serve" in each.name
-    ]
-    rows = [_cells(each, ours) for each in found]
+    ours, *others = found
     disturbed = any(each.is_disturbed for each in found)
+    verdicts = [
+        Verdict("throughput", title, f"ours / {each.name}", least, ours.rate / each.rate, disturbed=disturbed)
+        for each in others
+    ]
     figures = {each.name: each.rate for each in found}
-    return Part(title, HEADER, rows, [replace(each, disturbed=disturbed) for each in verdicts], lines, figures)
+    return Part(title, HEADER, [_cells(each, ours) for each in found], verdicts, lines, figures)
 
 
 def _cells(served: Served, ours: Served) -> tuple[str, ...]:
