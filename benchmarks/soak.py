@@ -131,8 +131,8 @@ def run(minutes: float, clients: int, seed: int) -> Report:
         broken = make_broken_adapters(model, folder / "adapters", ADAPTERS[0])
         del model
         arguments = [str(folder / "model"), "--name", "soak", "--adapter-dir", str(folder / "adapters")]
-        # 24 MiB are about 12,000 tokens: too few for 64 sequences, so that some must give way.
-        arguments += ["--kv-gib", str(24 / 1024), "--max-queue", str(max(4, clients // 4))]
+        # 8 MiB are about 8,000 tokens: too few for 64 sequences, so that some must give way.
+        arguments += ["--kv-gib", str(8 / 1024), "--max-queue", str(max(4, clients // 4))]
         with ServerProcess(arguments, folder / "log.txt") as server:
             asyncio.run(soak(server, report, broken, seed))
             report.exit_code = server.end()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.serve.server.running import Running
 from tests.serve.server.stub import Stub, serving
 
 FILES = Path(str(resources.files("moesaic.serve"))) / "server" / "page_files"
@@ -463,3 +464,24 @@ class TestChat:
             page.until(lambda: page.text("#chat-log [role=alert]") == hostile)
             assert page.get("document.querySelectorAll('img, main script, #chat-log b').length") == 0
             assert page.get("window.hacked === undefined")
+
+
+@in_browser
+@pytest.mark.slow
+def test_a_real_server(page: Page, served: Running) -> None:
+    page.open(served.url)
+    page.until(lambda: page.text("#state") == "live")
+    assert page.text("#model") == "base"
+    page.until(lambda: [row[0] for row in page.rows("#adapters-some")] == ["poet"])
+    page.find("#adapters-rows button[aria-label='chat with poet']").click()
+    page.say("Once upon a time")
+    page.until(lambda: re.search(r"poet · \d+ tokens?, ", page.text(".assistant .note")))
+    page.find("#spans button[data-seconds=Infinity]").click()
+    page.find("#numbers summary").click()
+
+    def rows() -> list[int]:
+        return [int(row[1].replace(",", "")) for row in page.rows("#by-layer")]
+
+    page.until(lambda: rows() == [sum(load) for load in served.engine.stats().expert_load.values()] and all(rows()))
+    page.until(lambda: page.text("#running") == "0")
+    assert page.complaints() == []

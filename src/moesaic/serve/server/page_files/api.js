@@ -57,7 +57,7 @@ export async function* events(answer) {
         const data = line.slice(5).trim();
         if (data === "[DONE]") return;
         const event = JSON.parse(data);
-        if (event.error) throw new Refusal(event.error.code || 500, event.error.message || "The server gave up.");
+        if (event.error) throw new Refusal(0, event.error.message || "The server gave up.");
         yield event;
       }
     }

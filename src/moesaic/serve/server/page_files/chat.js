@@ -28,10 +28,12 @@ export function build({ needKey }) {
   greet();
 }
 
-// Without a chat template the model does not answer: it goes on with what it is given.
-export function setTemplate(there) {
-  if (there === template) return;
-  template = there;
+// What the model can do. Without a chat template it does not answer: it goes on with what it is given.
+export function setModel({ chat, max_context }) {
+  const most = Math.max(1, Math.floor(max_context / 2)), limit = byId("chat-tokens");
+  if (max_context && Number(limit.value) > most) limit.value = most; // leaves as much for what is said
+  if (chat === template) return;
+  template = chat;
   byId("h-chat").textContent = template ? "Chat" : "Continue a text";
   byId("chat-new").textContent = template ? "New chat" : "Clear";
   document.querySelector("label[for=chat-input]").textContent = template ? "Your message" : "The text's beginning";

@@ -33,7 +33,7 @@ async function listen(stats) {
     chat.setModels(data.map((model) => model.id), stats.model);
     connection.adapters = adapters;
   }
-  chat.setTemplate(stats.chat);
+  if (stats.state === "ready") chat.setModel(stats);
   document.title = `${stats.model} · moesaic server`;
   write(byId("model"), stats.model);
   state({ ready: "live", failed: "gone" }[stats.state] || "wait", stats.state === "ready" ? "live" : stats.state);
