@@ -189,6 +189,7 @@ def test_a_step_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         patch.setattr(engine._runner, "run", fail)
         with pytest.raises(MemoryError):
             engine.step()
+    assert sorted(engine.computing) == ["0", "1", "2", "3"]
     assert engine.stats().pages_used == engine.stats().pages_cached == 0
     found = gathered(outputs + finish(engine))
     for number in range(4):

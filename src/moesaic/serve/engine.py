@@ -96,6 +96,8 @@ class Engine:
         self._continuations: dict[Sequence, _Continuation] = {}
         self._outputs: list[Output] = []
         self._arrivals = 0
+        # Ids of the requests that the last step computed something of.
+        self.computing: tuple[str, ...] = ()
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "finished"), 0)
 
     @property
@@ -143,12 +145,14 @@ class Engine:
         """Compute one forward pass at most, and say what came of it; ``[]`` where there is nothing to do.
 
         Where it raises, running requests are back in the queue, and nothing that was half computed is kept: it may be
-        called again.
+        called again. :attr:`computing` then says whose step it was.
         """
         outputs, self._outputs = self._outputs, []
+        self.computing = ()
         chunks = self._scheduler.schedule()
         if not chunks:
             return outputs
+        self.computing = tuple({self._continuations[chunk.sequence].flight.request.id: None for chunk in chunks})
         try:
             self._compute(chunks, outputs)
         except BaseException:

@@ -104,11 +104,14 @@ class FakeEngine:
     Attributes:
         paused: no step is made; see :meth:`Running.resume`.
         raises: what the next steps raise that have something to compute. refuses: what ``add`` raises.
-        added: ids of requests. was_cancelled: set where one was cancelled while it ran.
+        batch: requests of a step at most. added: ids of requests.
+        was_cancelled: set where one was cancelled while it ran.
     """
 
     def __init__(self) -> None:
         self.paused = False
+        self.computing: tuple[str, ...] = ()
+        self.batch = 64
         self.raises: deque[Exception] = deque()
         self.added: list[str] = []
         self.was_cancelled = threading.Event()
@@ -136,10 +139,11 @@ class FakeEngine:
             self._outputs += [Output(request_id, index, (), "", (), "cancelled") for index in found[1]]
 
     def step(self) -> list[Output]:
+        self.computing = tuple(self._open)[: self.batch]
         if self.raises and self._open:
             raise self.raises.popleft()
         outputs, self._outputs = self._outputs, []
-        for request, counts in list(self._open.values()):
+        for request, counts in [self._open[name] for name in self.computing]:
             for index in list(counts):
                 counts[index] += 1
                 reason: FinishReason | None = (

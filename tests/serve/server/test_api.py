@@ -91,6 +91,16 @@ def test_64_at_once(served: Running) -> None:
     assert stats["requests"]["running"] == stats["requests"]["waiting"] == stats["pages"]["used"] == 0
 
 
+def test_a_client_that_leaves_frees_its_pages(served: Running) -> None:
+    finished = served.ask("GET", "/stats")[2]["requests"]["finished"]
+    stream = served.client().completions.create(**{**GREEDY, "max_tokens": 480}, prompt="x", n=4, stream=True)
+    next(iter(stream))
+    stream.close()
+    while (stats := served.ask("GET", "/stats")[2])["requests"]["running"] or stats["pages"]["used"]:
+        pass
+    assert stats["requests"]["finished"] == finished  # it was cancelled
+
+
 def test_models(served: Running) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["base", "poet"]

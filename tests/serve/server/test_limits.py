@@ -234,6 +234,17 @@ def test_a_step_that_fails_ends_what_runs_and_nothing_else(
     assert server.ask("GET", "/health")[0] == 200
 
 
+def test_a_step_that_fails_does_not_end_what_waits(server: Running, engine: FakeEngine) -> None:
+    engine.paused, engine.batch = True, 1
+    engine.raises.append(RuntimeError("out of luck"))
+    with ThreadPoolExecutor(3) as threads:
+        asked = [threads.submit(server.ask, "POST", "/v1/completions", BODY) for _ in range(3)]
+        while len(engine.added) < 3:
+            assert server.ask("GET", "/health")[0] == 200
+        server.resume()
+        assert sorted(one.result(PATIENCE)[0] for one in asked) == [200, 200, 500]
+
+
 def test_an_engine_beyond_repair_is_told_by_health(engine: FakeEngine) -> None:
     engine.raises += [RuntimeError("again")] * 3
     with serving(fake(engine)) as server:

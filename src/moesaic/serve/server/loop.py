@@ -32,6 +32,8 @@ class EngineFailure(MoesaicError, RuntimeError):
 class EngineCore(Protocol):
     """What is asked of an engine: :class:`moesaic.serve.engine.Engine`, or a test's own."""
 
+    computing: tuple[str, ...]
+
     @property
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...
@@ -208,9 +210,10 @@ class EngineLoop:
             self._post(self._listener.on_step, outputs, time.perf_counter(), stats)
 
     def _recover(self, engine: EngineCore) -> None:
-        """After an exception: which request it was about is not known, so all that the engine has end with it."""
-        log.exception("a step of the engine failed; %d requests end with an error", len(self._open))
-        lost = list(self._open)
+        """After an exception: the requests of the step end with it, those that wait do not."""
+        # Where it failed before it chose any, all may have to do with it.
+        lost = [request_id for request_id in engine.computing if request_id in self._open] or list(self._open)
+        log.exception("a step of the engine failed; %d requests end with an error", len(lost))
         self._failures += 1
         # A step that fails with nothing to do will fail for ever.
         self._beyond_repair = self._failures >= MOST_FAILURES or not lost
