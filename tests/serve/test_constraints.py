@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -181,7 +182,7 @@ def test_a_grammar_is_compiled_once_and_those_used_last_are_kept(monkeypatch: py
 
     monkeypatch.setattr(constraints._Compiler, "_compile", counting)
     monkeypatch.setattr(constraints, "_KEPT", 2)
-    words = VOCABULARIES["sentence piece"]
+    words, twice = VOCABULARIES["sentence piece"], SamplingParams(regex="twice")
     for regex in ["once", "once", "twice", "once", "thrice", "once", "twice"]:
         compile_constraint(SamplingParams(regex=regex), words)
     assert compiled == ["once", "twice", "thrice", "twice"]
@@ -190,6 +191,12 @@ def test_a_grammar_is_compiled_once_and_those_used_last_are_kept(monkeypatch: py
     )
     assert compiled == ["once", "twice", "thrice", "twice"]
     assert constraint_of(SamplingParams(), words) is None
+    copied = Vocabulary(copy.deepcopy(words.tokenizer), words.size, words.end_ids)  # a server's own tokenizer
+    assert constraint_of(twice, copied) is not None
+    assert compiled == ["once", "twice", "thrice", "twice"]
+    other_size = Vocabulary(words.tokenizer, words.size + 1, words.end_ids)
+    made = constraint_of(twice, other_size)
+    assert made is not None and len(made.mask()) == words.size + 1
 
 
 @pytest.mark.parametrize(

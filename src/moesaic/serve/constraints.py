@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from moesaic.errors import ConfigError, MissingDependencyError
 from moesaic.serve.request import FinishReason, SamplingParams
@@ -18,6 +18,7 @@ from moesaic.serve.schemas import endless_part
 from moesaic.serve.vocabulary import Vocabulary
 
 _KEPT = 64  # compiled grammars per tokenizer
+_KEPT_TOKENIZERS = 4
 # llguidance's own limit of 250,000 lexer states allows half a gigabyte for one grammar.
 _LEXER_STATES = 25_000
 # Between the parts of a JSON document: enough for the usual layouts, and no endless run of spaces.
@@ -132,20 +133,27 @@ class _Compiler:
             raise ConfigError(f"this model's tokenizer cannot be constrained: {_reason(str(error))}") from error
 
 
-_compilers: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, tuple[int, ...]], _Compiler]]
-_compilers = WeakKeyDictionary()
+_compilers: OrderedDict[Hashable, _Compiler] = OrderedDict()
+_opening = threading.Lock()
 
 
 def _prototype(params: SamplingParams, vocabulary: Vocabulary) -> Any:
     wanted = constraints_in(params)
     if not wanted:
         return None
-    known = _compilers.setdefault(vocabulary.tokenizer, {})
-    key = vocabulary.size, vocabulary.end_ids
-    if key not in known:
-        known[key] = _Compiler(vocabulary)
     [(kind, text)] = wanted.items()
-    return known[key].compiled(kind, text)
+    return _compiler(vocabulary).compiled(kind, text)
+
+
+def _compiler(vocabulary: Vocabulary) -> _Compiler:
+    """The one of this vocabulary, whichever copy of its tokenizer is asked for: a server has several."""
+    with _opening:
+        if vocabulary.key not in _compilers:
+            _compilers[vocabulary.key] = _Compiler(vocabulary)
+            while len(_compilers) > _KEPT_TOKENIZERS:
+                _compilers.popitem(last=False)
+        _compilers.move_to_end(vocabulary.key)
+        return _compilers[vocabulary.key]
 
 
 def _check_schema(text: str) -> None:

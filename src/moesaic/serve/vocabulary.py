@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.hf.generation import end_ids
 
 
@@ -26,4 +29,11 @@ class Vocabulary:
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         """Of a loaded model; where it names no end tokens, the tokenizer's own."""
         ends = end_ids(model) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
-        return cls(tokenizer, model.config.get_text_config().vocab_size, tuple(ends))
+        vocabulary = cls(tokenizer, model.config.get_text_config().vocab_size, tuple(ends))
+        vocabulary.key  # noqa: B018  # takes a moment, which no request should wait for
+        return vocabulary
+
+    @cached_property
+    def key(self) -> Hashable:
+        """Equal for vocabularies that say the same, with copies of one tokenizer, too."""
+        return tokenizer_fingerprint(self.tokenizer), self.size, self.end_ids
