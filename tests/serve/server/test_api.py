@@ -101,6 +101,18 @@ def test_a_client_that_leaves_frees_its_pages(served: Running) -> None:
     assert stats["requests"]["finished"] == finished  # it was cancelled
 
 
+def test_a_step_that_fails_is_not_the_end(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine._runner, "run", fail)
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            served.client().completions.create(**GREEDY, prompt="x")
+    assert served.client().completions.create(**GREEDY, prompt="x").usage
+    assert served.ask("GET", "/stats")[2]["pages"]["used"] == 0
+
+
 def test_models(served: Running) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["base", "poet"]
