@@ -25,8 +25,10 @@ class Stub:
     """What it will answer; a test changes it while the page looks on.
 
     Attributes:
+        leaving: adapters that are being unloaded.
         busy: tokens flow from one look at /stats to the next.
         answer: pieces of the next chat answers. refusal: what they get instead: status and message.
+        error: told in the middle of an answer. breaks: an answer has no end.
         more: where set, an answer waits for it after its first piece. left: set when a client went away in an answer.
         asked: bodies of the chat requests.
     """
@@ -41,7 +43,9 @@ class Stub:
     answer: list[str] = field(default_factory=lambda: ["Hello", ", ", "world", "."])
     refusal: tuple[int, str] | None = None
     more: threading.Event | None = None
+    error: str | None = None
     breaks: bool = False
+    leaving: tuple[str, ...] = ()
     left: threading.Event = field(default_factory=threading.Event)
     asked: list[dict[str, Any]] = field(default_factory=list)
     looks: int = 0
@@ -74,7 +78,10 @@ class Stub:
             "tokens": {"prompt": 4 * self.generated, "cached": self.generated, "generated": self.generated},
             "pages": {"total": 4096, "used": 1400 if self.busy else 0, "cached": 900, "size": 16},
             "slots": {"used": 12 * len(self.adapters), "total": 64},
-            "adapters": [{"name": name, "running": 2, "state": "ready"} for name in self.adapters],
+            "adapters": [
+                *({"name": name, "running": 2, "state": "ready"} for name in self.adapters),
+                *({"name": name, "running": 1, "state": "unloading"} for name in self.leaving),
+            ],
             "experts": [
                 {"layer": f"model.layers.{number}.mlp.experts", "load": load} for number, load in enumerate(self.load)
             ],
@@ -137,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._event({"choices": [{"index": 0, "finish_reason": None, **_piece(piece, chat)}]})
             if number == 0 and self.stub.more:
                 self._wait(self.stub.more)
-        if self.stub.breaks:
+        if self.stub.error:
+            self._event({"error": {"message": self.stub.error, "type": "server_error", "code": "engine_failed"}})
+        if self.stub.error or self.stub.breaks:
             return
         self._event({"choices": [{"index": 0, "finish_reason": "stop", **_piece("", chat)}]})
         self._event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": len(self.stub.answer)}})

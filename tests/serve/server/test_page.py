@@ -431,8 +431,18 @@ class TestChat:
         page.until(lambda: page.text(".assistant .note") == "The answer broke off.")
         assert page.text(".assistant .text") == "Hello, world."
 
-    def test_adapters(self, page: Page, address: str, stub: Stub) -> None:
+    def test_an_error_in_an_answer(self, page: Page, address: str, stub: Stub) -> None:
         page.open(address).live()
+        stub.error = "the engine failed while it computed this"
+        page.say("Hi")
+        page.until(lambda: page.text(".assistant .note") == stub.error)
+        assert page.text(".assistant .text") == "Hello, world."
+
+    def test_adapters(self, page: Page, address: str, stub: Stub) -> None:
+        stub.leaving = ("physics",)
+        page.open(address).live()
+        assert [row[0] for row in page.rows("#adapters-some")] == ["law", "medicine", "physics (unloading)"]
+        assert not page.visible("button[aria-label='chat with physics']")
         options = "[...document.getElementById('chat-model').options].map((o) => o.textContent)"
         assert page.get(options) == ["tiny-moe (base)", "law", "medicine"]
         page.find("#adapters-rows button[aria-label='chat with medicine']").click()

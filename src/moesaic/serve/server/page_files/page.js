@@ -124,10 +124,11 @@ function adaptersTable({ adapters, slots }) {
   byId("adapters-some").hidden = adapters.length === 0;
   const body = byId("adapters-rows");
   writeRows(body, adapters.map(({ name, running, state }) => [state === "ready" ? name : `${name} (${state})`, whole(running)]));
-  adapters.forEach(({ name }, i) => {
+  adapters.forEach(({ name, state }, i) => {
     const row = body.rows[i];
     if (row.cells.length < 3) row.append(el("td", {}, el("button", { type: "button", class: "link" }, "chat with it")));
     const button = row.cells[2].firstChild;
+    button.hidden = state !== "ready";
     button.onclick = () => chat.choose(name);
     button.setAttribute("aria-label", `chat with ${name}`);
   });
