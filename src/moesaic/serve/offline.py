@@ -12,13 +12,12 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moesaic.adapters.pool import AdapterPool
 from moesaic.errors import Interrupted, UsageError
-from moesaic.hf.load import load_model
 from moesaic.serve.batch_file import Line, finished, read_lines, refuse, result_line, unfinished
 from moesaic.serve.batch_order import batch_order
 from moesaic.serve.engine import Engine
 from moesaic.serve.openai import requests_of
+from moesaic.serve.opening import open_model
 from moesaic.serve.replies import Reply
 from moesaic.serve.request import EngineSettings, Output, Request
 from moesaic.serve.text import token_bytes
@@ -103,12 +102,8 @@ def run_batch(batch: Batch, on_progress: Callable[[Totals], object] = lambda tot
 
 
 def _open(batch: Batch) -> tuple[Engine, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model(batch.model, dtype=batch.dtype)
-    pool = AdapterPool(model) if batch.adapters else None
-    for name, path in batch.adapters.items():
-        assert pool is not None
-        pool.load(name, path)
-    return Engine(model, tokenizer, batch.settings, pool), tokenizer
+    opened = open_model(batch.model, batch.adapters, dtype=batch.dtype)
+    return Engine(opened.model, opened.tokenizer, batch.settings, opened.pool), opened.tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import torch
 
-from moesaic.adapters.pool import AdapterPool
-from moesaic.hf import freeze
-from moesaic.hf.load import load_model
-from moesaic.hf.quantized import expert_modules
 from moesaic.serve.engine import Engine
+from moesaic.serve.opening import open_model
 from moesaic.serve.request import EngineSettings
 from moesaic.serve.server.service import Loaded
 from moesaic.serve.text import token_bytes
@@ -36,13 +33,8 @@ def load(
     Raises:
         MoesaicError: where the model, an adapter or the settings cannot be used.
     """
-    model, tokenizer = load_model(folder, dtype=dtype)
-    if expert_modules(model):
-        freeze(model)  # before the pool, which moves the weights
-    pool = AdapterPool(model) if adapters or with_pool else None
-    for name, path in (adapters or {}).items():
-        assert pool is not None
-        pool.load(name, path)
+    opened = open_model(folder, adapters, dtype=dtype, with_pool=with_pool)
+    model, tokenizer, pool = opened.model, opened.tokenizer, opened.pool
     engine = Engine(model, tokenizer, settings, pool)
     # The engine's thread and the server's have a tokenizer each: one cannot bear two threads.
     own = copy.deepcopy(tokenizer)
