@@ -14,15 +14,16 @@ from moesaic.serve.request import EngineSettings
 
 RUNNING, NEW = 8, 96
 ARRIVALS, LONG, EVERY = 6, 2000, 12
-BUDGETS = (128, 512)
-HEADER = ("token budget", "long prompts", "between tokens, median ms", "p99 ms", "max ms", "max / median alone")
+MULTIPLES = {128: 5.0, 512: 12.0}
+"""Token budget -> how many times the median time between tokens, when nothing arrives, 99 % of them may take."""
+HEADER = ("token budget", "long prompts", "between tokens, median ms", "p99 ms", "max ms", "p99 / median alone")
 
 
 def run_stall(folder: Path, tell: Callable[[str], None]) -> Part:
     """8 requests that generate: alone, and while a prompt of 2,000 tokens arrives every 12 steps.
 
-    The scheduler promises that nobody waits longer for a token than one step over ``token_budget`` tokens takes. That
-    is measured too: the longest step of such a prompt that is alone.
+    The scheduler promises that nobody waits longer for a token than one step takes; how long that is, the token budget
+    decides.
     """
     verdicts: list[Verdict] = []
     rows: list[tuple[str, ...]] = []
@@ -32,23 +33,24 @@ def run_stall(folder: Path, tell: Callable[[str], None]) -> Part:
         jobs = mixed(vocabulary, RUNNING, (32, 64), (NEW, NEW))
         prompts = mixed(vocabulary, ARRIVALS, (LONG, LONG), (1, 1), seed=1)
         late = [(EVERY * (i + 1), job) for i, job in enumerate(prompts)]
-        for budget in BUDGETS:
+        for budget, most in MULTIPLES.items():
             engine.restart(EngineSettings(token_budget=budget, max_context=4096))
-            alone, prompt, busy = engine.serve(jobs), engine.serve(prompts[:1]), engine.serve(jobs, late)
-            step, quiet, stalled = prompt.longest_step(), alone.gaps(), busy.gaps(range(RUNNING))
-            tell(
-                f"a step over {budget} tokens: {step * 1e3:.0f} ms; longest between tokens: {stalled.max * 1e3:.0f} ms"
-            )
-            what = f"longest time between tokens / longest step of {budget} tokens"
+            alone, busy = engine.serve(jobs), engine.serve(jobs, late)
+            quiet, stalled = alone.gaps(), busy.gaps(range(RUNNING))
+            tell(f"token budget {budget}: 99 % of the times between tokens within {stalled.p99 * 1e3:.0f} ms")
             work = f"{RUNNING} requests generate, token budget {budget}"
-            disturbed = alone.is_disturbed or prompt.is_disturbed or busy.is_disturbed
-            verdicts.append(Verdict("stall", work, what, 1.25, stalled.max / step, at_most=True, disturbed=disturbed))
+            waited, multiple = stalled.max / busy.longest_step(), stalled.p99 / quiet.median
+            disturbed = alone.is_disturbed or busy.is_disturbed
+            verdicts += [
+                Verdict("stall", work, "longest time between tokens / longest step", 1.0, waited, at_most=True),
+                Verdict("stall", work, "p99 between tokens / median alone", most, multiple, "x", True, disturbed),
+            ]
             rows += [_cells(budget, "no", quiet, quiet), _cells(budget, "yes", stalled, quiet)]
-            figures[f"multiple of the median at {budget}"] = stalled.max / quiet.median
+            figures[f"multiple at {budget}"] = multiple
     title = f"{RUNNING} requests generate, {ARRIVALS} prompts of {LONG} tokens arrive"
     return Part(title, HEADER, rows, verdicts, figures=figures)
 
 
 def _cells(budget: int, arriving: str, gaps: Gaps, alone: Gaps) -> tuple[str, ...]:
     times = (f"{value * 1e3:.0f}" for value in (gaps.median, gaps.p99, gaps.max))
-    return str(budget), arriving, *times, f"{gaps.max / alone.median:.1f}"
+    return str(budget), arriving, *times, f"{gaps.p99 / alone.median:.1f}"

@@ -54,7 +54,7 @@ class Served:
 
     def longest_step(self) -> float:
         """Seconds of the longest step."""
-        return float(np.diff((0.0, *self.steps)).max())
+        return float(np.diff(self.steps, prepend=0.0).max())
 
     def waits(self) -> float:
         """Median seconds to a request's first token."""
