@@ -270,7 +270,7 @@ def test_continuations_have_seeds_of_their_own() -> None:
         ({"top_p": 0.0}, "top_p is 0.0: it must be above 0 and at most 1"),
         ({"top_p": math.nan}, "top_p is nan: it must be above 0 and at most 1"),
         ({"min_p": 1.1}, "min_p is 1.1: it must be at least 0 and at most 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be above 0 (1 is none)"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be from 0.01 to 100 (1 is none)"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan: it must be a finite number"),
         ({"frequency_penalty": math.inf}, "frequency_penalty is inf: it must be a finite number"),
         ({"logit_bias": {1000: 1.0}}, "logit_bias is {1000: 1.0}: it must be token ids from 0 to 999"),

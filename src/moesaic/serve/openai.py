@@ -102,7 +102,7 @@ class GenerationBody(Body):
     # Beyond OpenAI's.
     top_k: int | None = Field(None, ge=0, description="Sample among the K most probable tokens; 0 for all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Leave out tokens below this share of the best one's.")
-    repetition_penalty: float | None = Field(None, gt=0, description="Above 1 discourages repetition.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Above 1 discourages repetition.")
     min_tokens: int | None = Field(None, ge=0, description="No end before that many new tokens.")
     ignore_eos: bool | None = Field(None, description="Go on after an end token.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None

@@ -45,7 +45,7 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
         ("top_k", params.top_k >= 0, "at least 0 (0 is no limit)"),
         ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
         ("min_p", 0 <= params.min_p <= 1, "at least 0 and at most 1"),
-        ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "above 0 (1 is none)"),
+        ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "from 0.01 to 100 (1 is none)"),
         ("presence_penalty", finite(params.presence_penalty), "a finite number"),
         ("frequency_penalty", finite(params.frequency_penalty), "a finite number"),
         ("logit_bias", all(map(finite, params.logit_bias.values())), "finite numbers"),

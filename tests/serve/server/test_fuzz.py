@@ -56,6 +56,9 @@ def described(fuzzed: Running) -> Any:
         # Found by what follows.
         ({"regex": "a", "response_format": {"type": "json_object"}}, 400),
         ({"regex": "a", "grammar": 'start: "a"'}, 400),
+        ({"repetition_penalty": 1e-300}, 400),  # is 0 in float32
+        ({"repetition_penalty": 0.01, "max_tokens": 6}, 200),
+        ({"repetition_penalty": 100, "max_tokens": 6}, 200),
         ({}, 200),  # a completion has 16 tokens by default, more than this server gives
         ({"max_tokens": None}, 200),
         ({"max_tokens": 16}, 400),
