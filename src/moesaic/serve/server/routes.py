@@ -32,7 +32,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The whole answer; with stream: true, server-sent events, of which the last is [DONE].",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},  # a schema would be taken for that of each event
     }
 }
 router = APIRouter(responses=_ERRORS)
