@@ -32,10 +32,6 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that a run could not use; writes nothing.
 
