@@ -1,4 +1,4 @@
-"""Write what ``benchmarks/experts.py`` measured into ``docs/benchmarks.md``.
+"""Write what ``benchmarks/experts.py`` and ``serving.py`` measured into docs/benchmarks.md and docs/serving.md.
 
     .venv/bin/python scripts/benchmark_page.py [benchmarks/results]
 
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.bench.report import HEADER, cells, markdown, milliseconds, notes, rows_of, title
+from moesaic.bench.serving.results import read, section
 from moesaic.bench.targets import GROUPS, Verdict
 from moesaic.bench.targets import HEADER as VERDICT_HEADER
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
+SERVING_PAGE = ROOT / "docs" / "serving.md"
 PICTURE = ROOT / "docs" / "assets" / "roofline.png"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: made by scripts/benchmark_page.py -->\n", "<!-- end of results -->\n"
@@ -98,9 +100,22 @@ def model(told: dict[str, Any]) -> str:
     return f"### A whole model\n\n{markdown(header, lines)}" if lines else ""
 
 
+def serving_page(text: str, told: dict[str, Any]) -> str:
+    """The page on serving with its results made anew from the JSON document of a run."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section(told)}\n{END}{rest.split(END)[1]}"
+
+
+def main(folder: Path) -> None:
+    """Write the pages of what was measured."""
+    if (folder / "experts.json").exists():
+        document = json.loads((folder / "experts.json").read_text(encoding="utf-8"))
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
+        if document["rows"]:
+            shutil.copyfile(folder / "roofline.png", PICTURE)
+    if told := read(folder):
+        SERVING_PAGE.write_text(serving_page(SERVING_PAGE.read_text(encoding="utf-8"), told), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    document = json.loads((folder / "experts.json").read_text(encoding="utf-8"))
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
-    if document["rows"]:
-        shutil.copyfile(folder / "roofline.png", PICTURE)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, OlmoeConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OlmoeConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-import moesaic.hf  # noqa: F401  (registers the implementation "moesaic")
 from moesaic.bench.generation import random_olmoe
 from moesaic.errors import UsageError
 from moesaic.folders import cache_folder
+from moesaic.hf import MoesaicConfig
 
 END_OF_TEXT = "<|endoftext|>"
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -73,11 +80,12 @@ def load(folder: Path, implementation: str = "moesaic") -> Any:
     Raises:
         UsageError: where the folder is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: there is no model (config.json is missing)")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation=implementation)
+    config = AutoConfig.from_pretrained(folder)
+    # Models of our own always run on our experts.
+    chosen = {} if config.model_type == MoesaicConfig.model_type else {"experts_implementation": implementation}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **chosen)
     return model.eval()
 
 

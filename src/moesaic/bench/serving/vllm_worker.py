@@ -27,6 +27,8 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no answer
+    # This file's folder has modules of the names of others.
+    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
     vllm = importlib.import_module("vllm")
 
     model = vllm.LLM(
