@@ -35,6 +35,8 @@ FLOORS = [
 ]
 # Packages whose modules are called otherwise.
 MODULES = {"llama_cpp_python": "llama_cpp"}
+# In a process and a Python of its own: it pins versions that no extra of ours could go together with.
+ELSEWHERE = {"vllm"}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 
@@ -118,7 +120,7 @@ def undeclared(package: Path, project: Path) -> list[str]:
     told = tomllib.loads(project.read_text())["project"]
     lines = [*told["dependencies"], *(line for extra in told["optional-dependencies"].values() for line in extra)]
     declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in lines}
-    known = {MODULES.get(name, name) for name in declared} | set(sys.stdlib_module_names) | {package.name}
+    known = {MODULES.get(name, name) for name in declared} | set(sys.stdlib_module_names) | {package.name} | ELSEWHERE
     found = []
     for path in sorted(package.rglob("*.py")):
         for line, name in imports(path, package):

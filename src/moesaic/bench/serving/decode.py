@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-import moesaic
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.load import mixed
 from moesaic.bench.serving.models import load
 from moesaic.bench.serving.part import Part, opened
 from moesaic.bench.targets import Verdict
 from moesaic.bench.timing import alternate
+from moesaic.hf.freezing import freeze
 
 PROMPT, NEW, SECONDS = 64, 64, 25.0
 HEADER = ("contender", "between tokens, ms", "quartiles", "runs")
@@ -29,7 +29,7 @@ def run_decode(folder: Path, tell: Callable[[str], None]) -> Part:
     and linear layers run on the same kernels.
     """
     plain: Any = load(folder)
-    moesaic.freeze(plain)
+    freeze(plain)
     (job,) = mixed(plain.config.vocab_size, 1, (PROMPT, PROMPT), (NEW, NEW))
     prompt = torch.tensor([job.prompt_ids])
     with opened(lambda: EngineUnderTest(folder)) as engine:

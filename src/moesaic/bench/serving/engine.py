@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import moesaic
 from moesaic.adapters.pool import AdapterPool
 from moesaic.bench.limits import OtherProcesses
 from moesaic.bench.serving.load import Job, mixed
 from moesaic.bench.serving.models import load, load_tokenizer
 from moesaic.bench.serving.served import Served
+from moesaic.hf.freezing import freeze
 from moesaic.hf.quantized import expert_modules
 from moesaic.serve.engine import Engine
 from moesaic.serve.request import EngineSettings, Request, SamplingParams
@@ -90,7 +90,7 @@ class EngineUnderTest:
 
     def __init__(self, folder: Path, settings: EngineSettings | None = None, adapters: bool = False) -> None:
         self.model: Any = load(folder)
-        moesaic.freeze(self.model)
+        freeze(self.model)
         self.pool = AdapterPool(self.model) if adapters else None
         self._tokenizer = load_tokenizer(folder)
         self._experts: list[Any] = list(expert_modules(self.model).values())
