@@ -184,7 +184,9 @@ class Client:
         text = dice.choice(_TOPICS) if dice.random() < 0.7 else ""
         text += "".join(dice.choices(string.ascii_lowercase + " ", k=dice.randint(1, 200)))
         model = dice.choice(self._adapters) if self._adapters and dice.random() < 0.4 else self._base
-        body = {"model": model, "max_tokens": dice.randint(1, 48), "temperature": dice.choice([0.0, 0.7, 1.0]), **more}
+        # Long answers grow out of the pages that there were when they began.
+        tokens = dice.randint(1, 48) if dice.random() < 0.8 else dice.randint(100, 300)
+        body = {"model": model, "max_tokens": tokens, "temperature": dice.choice([0.0, 0.7, 1.0]), **more}
         if dice.random() < 0.5:
             return "/v1/completions", {**body, "prompt": text}
         return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
