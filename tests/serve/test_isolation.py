@@ -200,3 +200,15 @@ def test_what_cannot_be_isolated_is_refused() -> None:
     assert "float32, bfloat16 and float16" in str(isolation.refusal(model))
     with pytest.raises(UnsupportedError, match="cannot be isolated"):
         Engine(model, byte_tokenizer(), EngineSettings(isolate=True))
+
+
+@pytest.mark.parametrize(("family", "watched"), [("olmoe", False), ("moesaic", False), ("llama", True)])
+def test_functions_are_watched_only_where_some_have_to_be_replaced(family: str, watched: bool) -> None:
+    model = tiny(family, experts_implementation="moesaic")
+    Engine(model, byte_tokenizer(), EngineSettings(max_context=64))  # its linear layers run on the native kernels now
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    model.set_attn_implementation("eager")
+    layer = model.model.layers[0]
+    with torch.inference_mode():
+        hidden = model.model.embed_tokens(ids)
+        assert isolation.needs_no_functions(lambda: layer.mlp(hidden)) is not watched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -48,11 +49,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Whether a module has a matrix of its own that its forward multiplies by."""
+    """Whether a module has a matrix of its own that a method of it multiplies by."""
     weight = module._parameters.get("weight")
-    code = getattr(type(module).forward, "__code__", None)
     own = not isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter) and weight.ndim == 2
-    return own and code is not None and "linear" in code.co_names
+    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    return own and any(
+        "linear" in method.__code__.co_names
+        for kind in kinds
+        for method in vars(kind).values()
+        if isinstance(method, FunctionType)
+    )
 
 
 def _forward_router(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -146,7 +146,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the balancing losses, and in ``loss`` where labels are.
+        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the balancing losses, and in ``loss`` where labels are. Where
+        there are neither gradients nor labels it is None.
 
         Args:
             input_ids: ``[B, S]`` int64. labels: ``[B, S]``, -100 where there is no loss; shifted inside.
@@ -165,14 +166,15 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
             return_dict=True,
             **kwargs,
         )
-        layers = moe_layers(self)
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        # Finding the layers takes longer than a step of generation should.
+        layers = moe_layers(self) if wanted or labels is not None or torch.is_grad_enabled() else []
         if layers:
             # With the layers spread over devices, theirs may be another than the head's, where the loss is.
             anchor: Any = outputs.logits if outputs.loss is None else outputs.loss
             outputs.aux_loss = torch.stack([layer.aux_loss.to(anchor.device) for layer in layers]).sum()
         if outputs.loss is not None and outputs.aux_loss is not None:
             outputs.loss = outputs.loss + outputs.aux_loss
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if wanted:
             outputs.router_logits = tuple(  # type: ignore[assignment]
                 layer.last_routing.logits for layer in layers if layer.last_routing

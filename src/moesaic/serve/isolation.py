@@ -16,7 +16,7 @@ proof that no row reads another.) In here every row is computed as if it were al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,17 +46,38 @@ def refusal(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def isolated(functions: bool = True) -> Iterator[None]:
     """Compute row by row in a ``with`` block; attention is the caller's part.
+
+    Args:
+        functions: watch every function that is called. A model for which :func:`needs_no_functions` may go without,
+            which saves a call in Python for each of them.
 
     Raises:
         UnsupportedError: where an operation is met that mixes rows in a way that is not known to be safe.
     """
-    with row_invariant(), _Isolated():
+    with row_invariant(), _Isolated() if functions else nullcontext():
         yield
 
 
+def needs_no_functions(forward: Callable[[], object]) -> bool:
+    """Whether a model's linear layers run on the native kernels and nothing else that it calls has to be replaced.
+
+    Args:
+        forward: a pass of the model; what it calls must not depend on the tokens.
+    """
+    with row_invariant(), _Isolated() as seen:
+        forward()
+    return not seen.replaced
+
+
 class _Isolated(TorchFunctionMode):
+    """Replaces functions in which rows, or places, matter; ``replaced`` says whether there were any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replaced = False
+
     def __torch_function__(
         self,
         function: Callable[..., Any],
@@ -65,9 +86,21 @@ class _Isolated(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         replacement = _REPLACED.get(function)
-        if replacement is None:
+        if replacement is None or _is_safe(function, *args):
             return function(*args, **(kwargs or {}))
+        self.replaced = True
         return replacement(function, *args, **(kwargs or {}))
+
+
+def _is_safe(function: Callable[..., Any], x: Any, other: Any = None, *_: Any) -> bool:
+    """Whether a function that is replaced elsewhere gives a row the same bits anywhere in this call."""
+    if function in _PRODUCTS:
+        # One product a sum, as rotary embeddings have it, has one order.
+        return bool(x.shape[-1] == 1)
+    if function in _POWERS:
+        return not isinstance(other, float)  # squares and the like are products
+    # A square root and a division, each rounded as it has to be; in 16 bits it goes by another way.
+    return function in _INVERSE_ROOTS and x.dtype in (torch.float32, torch.float64)
 
 
 def _linear(_: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,9 +112,6 @@ def _linear(_: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | 
 def _matmul(function: Callable[..., Tensor], x: Tensor, other: Tensor) -> Tensor:
     if other.ndim == 2 and x.ndim >= 2 and x.dtype.is_floating_point:
         return _linear(function, x, other.t())
-    # One product a sum, as rotary embeddings have it, has one order; with more inputs the order is not ours.
-    if x.shape[-1] == 1:
-        return function(x, other)
     raise UnsupportedError(
         f"a product of {list(x.shape)} and {list(other.shape)} cannot be isolated: "
         "only products with one matrix for all tokens are known to be safe"
@@ -102,19 +132,17 @@ def _elementwise(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwarg
     return torch.cat(parts)[:size].view(x.shape)
 
 
-def _power(function: Callable[..., Tensor], x: Tensor, exponent: Any) -> Tensor:
-    # Squares and the like are products.
-    return _elementwise(function, x, exponent) if isinstance(exponent, float) else function(x, exponent)
-
-
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
+_INVERSE_ROOTS = {torch.rsqrt, Tensor.rsqrt}
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
-    **dict.fromkeys(
-        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), _matmul
-    ),
+    **dict.fromkeys(_PRODUCTS, _matmul),
     **dict.fromkeys(
         (
+            *_POWERS,
+            *_INVERSE_ROOTS,
             F.silu,
             F.gelu,
             F.softplus,
@@ -127,14 +155,11 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
             torch.sigmoid,
             torch.tanh,
             torch.exp,
-            torch.rsqrt,
             torch.special.expit,
             Tensor.sigmoid,
             Tensor.tanh,
             Tensor.exp,
-            Tensor.rsqrt,
         ),
         _elementwise,
     ),
-    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
 }

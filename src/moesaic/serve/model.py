@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts.native import attention as native_attention
 from moesaic.hf import use_native_linears
 from moesaic.serve.attention import NAME, How, attention_by
-from moesaic.serve.isolation import isolated, refusal
+from moesaic.serve.isolation import isolated, needs_no_functions, refusal
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 # Attributes of configurations that mean state of another kind than keys and values of each layer's own.
@@ -115,11 +116,12 @@ def isolation(
             raise UnsupportedError(f"requests cannot be isolated from one another: {reason}")
         with isolated():
             _attention_layers(model)
+        light = needs_no_functions(lambda: _attention_layers(model))
     except UnsupportedError:
         if wanted:
             raise
         return nullcontext
-    return isolated
+    return partial(isolated, functions=not light)
 
 
 def _attention_layers(model: PreTrainedModel) -> dict[nn.Module, KVShape]:
