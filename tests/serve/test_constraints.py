@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -20,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from moesaic.data import train_tokenizer
 from moesaic.data.documents import Document
 from moesaic.errors import ConfigError, MissingDependencyError
-from moesaic.serve import constraints
+from moesaic.serve import constraints, schemas
 from moesaic.serve.constraints import compile_constraint, constraint_of
 from moesaic.serve.request import SamplingParams
 from moesaic.serve.sampling import Sampler, make_state
@@ -214,6 +216,7 @@ def test_a_grammar_is_compiled_once_and_those_used_last_are_kept(monkeypatch: py
         ({"json_schema": '{"$ref": "#"}'}, "cannot be met: # requires itself, so that no document would end"),
         ({"json_schema": '{"enum": ["\\ud800"]}'}, "the JSON schema cannot be used: "),
         ({"json_schema": '{"a":' * 9999 + "1" + "}" * 9999}, "the JSON schema is nested too deeply"),
+        ({"json_schema": '{"a": "' + "b" * (1 << 17) + '"}'}, "it may have at most 131072"),
         ({"regex": "("}, "the regular expression cannot be used: unclosed group"),
         ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
         ({"regex": r"[^\x00-\U0010ffff]"}, "the regular expression cannot be met: there is no text that matches it"),
@@ -263,6 +266,33 @@ def node(**following: Any) -> dict[str, Any]:
 )
 def test_documents_that_would_not_end_are_found(schema: Any, endless: str | None) -> None:
     assert endless_part(schema) == endless
+
+
+def test_a_long_chain_of_references_takes_no_longer_than_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    ends = schemas._ends
+
+    def counting(*arguments: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        return ends(*arguments)
+
+    monkeypatch.setattr(schemas, "_ends", counting)
+    chain: dict[str, Any] = {f"p{link}": {"$ref": f"#/$defs/p{link + 1}"} for link in range(1000)}
+    schema = {"$ref": "#/$defs/p0", "$defs": chain | {"p1000": {"type": "null"}}}
+    assert endless_part(schema) is None and asked < 3000
+    assert endless_part(schema | {"$defs": chain | {"p1000": {"$ref": "#/$defs/p7"}}}) == "#/$defs/p0"
+
+
+def test_a_short_expression_does_not_fill_the_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    compile_constraint(SamplingParams(regex="a"), VOCABULARIES["byte level"])
+    before = resident()
+    compile_constraint(SamplingParams(regex="(a{1000}){1000}"), VOCABULARIES["byte level"])
+    # What is compiled is kept, and a client may ask for one after the other.
+    assert resident() - before < 100 << 20
 
 
 def test_a_model_without_an_end_token_and_other_tokenizers_are_refused() -> None:

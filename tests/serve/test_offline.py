@@ -249,7 +249,7 @@ def test_results_do_not_depend_on_what_else_is_in_the_file(model: Path, requests
     [
         (
             {"prompt": "x" * 600},
-            "line 2: the prompt has 600 tokens and max_tokens is 16: together they may have at most",
+            "line 2: the prompt has 600 tokens and one new token at least is wanted: together they may have at most",
         ),
         ({"prompt": [VOCABULARY]}, "line 2: the prompt has a token that is not among the model's 0 to 287"),
         ({"prompt": "x", "regex": "("}, "line 2: the regular expression cannot be used: unclosed group"),

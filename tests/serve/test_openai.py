@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tests.serve.tiny import byte_tokenizer
 
 from moesaic.errors import ConfigError
-from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody, complaint, requests_of
+from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody, complaint, requests_of, within
 from moesaic.serve.replies import Reply
 from moesaic.serve.request import Output, SamplingParams, TokenLogprob
 from moesaic.serve.text import token_bytes
@@ -68,6 +68,51 @@ def test_everything_that_is_said_arrives() -> None:
     assert body(messages=HI, logprobs=True).sampling().logprobs == 0
     assert body(prompt="a", stop="x").sampling().stop == ("x",)
     assert body(prompt="a", grammar="start: x").sampling().grammar == "start: x"
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"prompt": [-1] * MANY},
+        {"prompt": [[-1]] * MANY},
+        {"prompt": [[-1] * MANY]},
+        {"prompt": "a", "logit_bias": {f"x{number}": 1 for number in range(MANY)}},
+        {"prompt": "a", "metadata": {f"x{number}": 1 for number in range(MANY)}},
+        {"prompt": "a", **{f"x{number}": 1 for number in range(MANY)}},
+        {"messages": [{"role": "x"}] * MANY},
+        {"messages": [{"role": "user", "content": [1] * MANY}]},
+    ],
+)
+def test_a_body_full_of_faults_is_not_read_to_its_end(said: dict[str, Any]) -> None:
+    kind = ChatBody if "messages" in said else CompletionBody
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate({"model": "m", **said})
+    # Complaints are made on the server's event loop, which would stand still for as long as there are some.
+    assert raised.value.error_count() < 10
+
+
+@pytest.mark.parametrize(
+    ("said", "most", "expected"),
+    [
+        ({"prompt": "a" * 30}, None, 16),
+        ({"prompt": "a" * 90}, None, None),
+        ({"prompt": "a" * 90}, 10, 10),
+        ({"prompt": "a" * 95}, 10, None),
+        ({"prompt": "a" * 30, "max_tokens": 99}, None, 99),
+        ({"messages": HI}, None, None),
+        ({"messages": HI}, 20, 20),
+        ({"messages": [{"role": "user", "content": "a" * 80}]}, 20, None),
+    ],
+)
+def test_what_nobody_asked_for_is_no_more_than_there_is_room(
+    said: dict[str, Any], most: int | None, expected: int | None
+) -> None:
+    asked = body(**said)
+    [request] = within(requests_of(asked, TOKENIZER, request_id="r"), asked, 100, most)
+    assert request.sampling.max_tokens == expected
 
 
 @pytest.mark.parametrize(

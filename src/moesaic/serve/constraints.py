@@ -17,10 +17,14 @@ from moesaic.serve.request import FinishReason, SamplingParams
 from moesaic.serve.schemas import endless_part
 from moesaic.serve.vocabulary import Vocabulary
 
-_KEPT = 64  # compiled grammars per tokenizer
+_KEPT = 32  # compiled grammars per tokenizer
 _KEPT_TOKENIZERS = 4
-# llguidance's own limit of 250,000 lexer states allows half a gigabyte for one grammar.
+# Characters. Compiling takes up to the square of it, on a thread that all requests with a constraint share.
+_LONGEST = 1 << 17
+# llguidance's own limits, 250,000 lexer states and a fuel of 1,000,000, allow hundreds of megabytes for one grammar:
+# "(a{1000}){1000}" takes 200 of them.
 _LEXER_STATES = 25_000
+_LEXER_FUEL = 250_000
 # Between the parts of a JSON document: enough for the usual layouts, and no endless run of spaces.
 _JSON_SPACE = r"( |\n {0,32})?"
 _KINDS = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
@@ -78,11 +82,15 @@ class _Compiler:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._llguidance = _import_llguidance()
         self._tokenizer = self._read(vocabulary)
-        self._limits = self._llguidance.LLParserLimits(max_lexer_states=_LEXER_STATES, verbose_errors=False)
+        self._limits = self._llguidance.LLParserLimits(
+            max_lexer_states=_LEXER_STATES, initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False
+        )
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def compiled(self, kind: str, text: str) -> Any:
+        if len(text) > _LONGEST:
+            raise ConfigError(f"the {_KINDS[kind]} has {len(text)} characters: it may have at most {_LONGEST}")
         key = kind, text
         with self._lock:
             if key in self._compiled:

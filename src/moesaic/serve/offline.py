@@ -16,7 +16,7 @@ from moesaic.errors import Interrupted, UsageError
 from moesaic.serve.batch_file import Line, finished, read_lines, refuse, result_line, unfinished
 from moesaic.serve.batch_order import batch_order
 from moesaic.serve.engine import Engine
-from moesaic.serve.openai import requests_of
+from moesaic.serve.openai import requests_of, within
 from moesaic.serve.opening import open_model
 from moesaic.serve.replies import Reply
 from moesaic.serve.request import EngineSettings, Output, Request
@@ -142,6 +142,7 @@ class _Run:
         for line in lines:
             try:
                 of_line = requests_of(line.body, tokenizer, request_id=line.result_id, adapter=line.adapter)
+                of_line = within(of_line, line.body, self._engine.max_context)
                 # A list takes four times as much, and all prompts are held at once.
                 of_line = [replace(request, prompt_ids=array("q", request.prompt_ids)) for request in of_line]
                 for request in of_line:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.errors import ConfigError, did_you_mean
@@ -21,6 +22,9 @@ from moesaic.serve.request import Request, SamplingParams
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that does not say it; a chat goes on while there is room."""
 MOST_LOGPROBS = 20
+MOST_FIELDS = 100
+"""Of an object; more than any has that we know."""
+MOST_BIASES = 1024
 
 
 def _whole(text: str) -> str:
@@ -30,9 +34,21 @@ def _whole(text: str) -> str:
     return text
 
 
+def _at_most(count: int) -> Callable[[Any], Any]:
+    # pydantic notes what is wrong with every entry of an object before it looks at how many there are: of a body of
+    # some megabytes that takes half a minute, in which nobody else is answered.
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"it has {len(value)} entries, and may have at most {count}")
+        return value
+
+    return check
+
+
 Str = Annotated[str, AfterValidator(_whole)]
 Text = Annotated[Str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -40,6 +56,11 @@ class Body(BaseModel):
     """Base: unknown fields, wrong types, infinities and NaN are refused; null stands for the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_endless(cls, fields: Any) -> Any:
+        return _at_most(MOST_FIELDS)(fields)
 
 
 class StreamOptions(Body):
@@ -89,16 +110,18 @@ class GenerationBody(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], LogitBias] | None = Field(
-        None, description="an object of token ids with a number from -100 to 100 each"
-    )
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], LogitBias] | None, BeforeValidator(_at_most(MOST_BIASES))
+    ] = Field(None, description=f"an object of token ids with a number from -100 to 100 each, at most {MOST_BIASES}")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same text.")
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
         None, description="a string, or a list of at most 16 strings, none empty"
     )
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, description="Has no effect.")
-    metadata: dict[str, str] | None = Field(None, description="Has no effect.")
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_at_most(MOST_FIELDS))] = Field(
+        None, description="Has no effect."
+    )
     # Beyond OpenAI's.
     top_k: int | None = Field(None, ge=0, description="Sample among the K most probable tokens; 0 for all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Leave out tokens below this share of the best one's.")
@@ -115,9 +138,13 @@ class GenerationBody(Body):
             raise ValueError("stream_options goes with stream: true, and only with it")
         return self
 
-    def token_limit(self) -> int | None:
-        """New tokens at most."""
+    def asked_limit(self) -> int | None:
+        """New tokens at most, as the body says it; None: it does not."""
         return self.max_tokens
+
+    def token_limit(self) -> int | None:
+        """The same, or what holds where it is not said."""
+        return self.asked_limit()
 
     def logprob_count(self) -> int | None:
         """How many of the most probable tokens are reported at each position; None: not even the chosen one."""
@@ -156,9 +183,9 @@ class CompletionBody(GenerationBody):
 
     prompt: (
         Str
-        | Annotated[list[Str], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Str], Field(min_length=1, max_length=2048, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
     ) = Field(description="a string, a list of strings, a list of token ids, or a list of lists of token ids")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="Report this many most probable tokens.")
     best_of: Literal[1] | None = None
@@ -190,7 +217,7 @@ class Message(Body):
     """One message of a chat. What an answer of ours holds may be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Str | Annotated[list[TextPart], Field(min_length=1)] = Field(
+    content: Str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] = Field(
         description="a string, or a list of {'type': 'text', 'text': ...}"
     )
     name: str | None = Field(None, description="Has no effect.")
@@ -209,7 +236,7 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="And of this many most probable ones.")
@@ -224,7 +251,7 @@ class ChatBody(GenerationBody):
             raise ValueError("max_tokens and max_completion_tokens are one setting: give one of them")
         return self
 
-    def token_limit(self) -> int | None:
+    def asked_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def logprob_count(self) -> int | None:
@@ -249,6 +276,27 @@ def requests_of(
     sampling = body.sampling()
     prompts = body.prompts(tokenizer)
     return [Request(f"{request_id}-{index}", ids, sampling, adapter) for index, ids in enumerate(prompts)]
+
+
+def within(
+    requests: Sequence[Request], body: GenerationBody, max_context: int, most: int | None = None
+) -> list[Request]:
+    """The same requests; where the body does not say how long an answer may be, no longer than it can be.
+
+    Args:
+        max_context: tokens of prompt and output. most: new tokens; None: as many as there is room for.
+    """
+    if body.asked_limit() is not None:
+        return list(requests)
+    limit = min((one for one in (body.token_limit(), most) if one is not None), default=max_context)
+    return [
+        # None is all the room that there is, be it none: the engine says that then, and not what nobody asked for.
+        replace(
+            one,
+            sampling=replace(one.sampling, max_tokens=limit if len(one.prompt_ids) + limit <= max_context else None),
+        )
+        for one in requests
+    ]
 
 
 def complaint(errors: Sequence[Any], fields: Mapping[str, Any] | None = None) -> tuple[str | None, str]:

@@ -16,10 +16,19 @@ def endless_part(schema: Any) -> str | None:
     A part that other parts refer to can end as soon as some way through it needs only parts that can end: what can end
     grows until nothing is added. References elsewhere, to anchors or by ``$id``, count as parts that end.
     """
-    parts = {name: found for name in _references(schema) if (found := _look_up(schema, name)) is not None}
-    ending: set[str] = set(_references(schema)) - set(parts)
-    while more := {name for name in parts if name not in ending and _ends(parts[name], ending)}:
+    names = dict.fromkeys(_references(schema))
+    parts = {name: found for name in names if (found := _look_up(schema, name)) is not None}
+    ending: set[str] = set(names) - set(parts)
+    referring: dict[str, list[str]] = {name: [] for name in parts}
+    for name, part in parts.items():
+        for other in dict.fromkeys(_references(part)):
+            if other in parts:
+                referring[other].append(name)
+    # After the first round only what refers to a part that was added: a long chain is not walked for each of its links.
+    asked = list(parts)
+    while more := {name for name in asked if name not in ending and _ends(parts[name], ending)}:
         ending |= more
+        asked = list(dict.fromkeys(name for added in more for name in referring[added]))
     if _ends(schema, ending):
         return None
     return next(name for name in parts if name not in ending)

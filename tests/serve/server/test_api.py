@@ -177,6 +177,18 @@ def test_an_impossible_schema(served: Running, schema: Any) -> None:
         served.client().chat.completions.create(model="base", messages=MESSAGES, response_format=form)
 
 
+def test_half_a_character_in_a_complaint(served: Running) -> None:
+    half = {"$ref": "#/$defs/\udc00", "$defs": {"\udc00": {"$ref": "#/$defs/\udc00"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": half}}
+    status, _, answer = served.ask("POST", "/v1/completions", {"model": "base", "prompt": "a", "response_format": form})
+    assert (status, "requires itself" in answer["error"]["message"]) == (400, True)
+
+
+def test_without_max_tokens_a_long_prompt_gets_what_room_there_is(served: Running) -> None:
+    told = served.client().completions.create(model="base", prompt="x" * 505, extra_body={"ignore_eos": True})
+    assert told.usage is not None and told.usage.completion_tokens == 7
+
+
 def test_what_is_measured(served: Running) -> None:
     before = served.ask("GET", "/stats")[2]
     served.client().completions.create(**GREEDY, prompt="a prompt of more than a page of tokens")

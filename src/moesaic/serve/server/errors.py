@@ -53,6 +53,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # Half of a surrogate pair, which JSON can spell and a message may repeat, cannot be sent.
+        message = message.encode(errors="backslashreplace").decode()
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
         kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")

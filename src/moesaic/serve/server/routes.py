@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from moesaic.serve.names import ADAPTER_NAME
-from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody
+from moesaic.serve.openai import Body, ChatBody, CompletionBody, GenerationBody
 from moesaic.serve.replies import Chat, ChatChunk, Completion, Reply
 from moesaic.serve.server.adapters import Adapter, AdapterState
 from moesaic.serve.server.errors import ErrorReply, as_api_error
@@ -72,10 +72,8 @@ class AdapterList(BaseModel):
     data: list[AdapterCard]
 
 
-class AdapterBody(BaseModel):
+class AdapterBody(Body):
     """The body of ``POST /v1/adapters``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(
         pattern=ADAPTER_NAME,

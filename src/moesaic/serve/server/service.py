@@ -8,14 +8,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.serve.constraints import compile_constraint
-from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody, requests_of
+from moesaic.serve.openai import ChatBody, CompletionBody, GenerationBody, requests_of, within
 from moesaic.serve.replies import Reply, TokenBytes
 from moesaic.serve.request import EngineStats, Output, Request
 from moesaic.serve.sampling import validate
@@ -272,10 +272,8 @@ class Service:
     def _read(self, body: GenerationBody, reply_id: str, adapter: str | None) -> list[Request]:
         """The engine's requests of a body, within the limits of the settings; on the reader's thread."""
         assert self.loaded is not None
-        limit, wanted = self.settings.max_tokens, body.token_limit()
-        # What was not asked for, a completion's default, is no reason to refuse.
-        default = isinstance(body, CompletionBody) and body.max_tokens is None
-        if limit is not None and not default and wanted is not None and wanted > limit:
+        limit, wanted = self.settings.max_tokens, body.asked_limit()
+        if limit is not None and wanted is not None and wanted > limit:
             raise ApiError(400, f"max_tokens is {wanted}: this server gives at most {limit}", param="max_tokens")
         requests = requests_of(body, self.loaded.tokenizer, request_id=reply_id, adapter=adapter)
         longest = max(len(request.prompt_ids) for request in requests)
@@ -286,9 +284,7 @@ class Service:
                 param="messages" if isinstance(body, ChatBody) else "prompt",
                 code="context_length_exceeded",
             )
-        if limit is None or (wanted is not None and wanted <= limit):
-            return requests
-        return [replace(one, sampling=replace(one.sampling, max_tokens=limit)) for one in requests]
+        return within(requests, body, self.loaded.max_context, limit)
 
 
 def _prompts(body: GenerationBody) -> int:
