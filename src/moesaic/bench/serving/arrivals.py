@@ -14,9 +14,9 @@ from moesaic.serve.request import EngineSettings
 
 RUNNING, NEW = 8, 96
 ARRIVALS, LONG, EVERY = 6, 2000, 12
-MULTIPLES = {128: 5.0, 512: 12.0}
-"""Token budget -> how many times the median time between tokens, when nothing arrives, 99 % of them may take."""
-HEADER = ("token budget", "long prompts", "between tokens, median ms", "p99 ms", "max ms", "p99 / median alone")
+MULTIPLES = {128: 8.0, 512: 14.0}
+"""Token budget -> how many times the median time between tokens, when nothing arrives, none of them may exceed."""
+HEADER = ("token budget", "long prompts", "between tokens, median ms", "p99 ms", "max ms", "max / median alone")
 
 
 def run_stall(folder: Path, tell: Callable[[str], None]) -> Part:
@@ -37,13 +37,13 @@ def run_stall(folder: Path, tell: Callable[[str], None]) -> Part:
             engine.restart(EngineSettings(token_budget=budget, max_context=4096))
             alone, busy = engine.serve(jobs), engine.serve(jobs, late)
             quiet, stalled = alone.gaps(), busy.gaps(range(RUNNING))
-            tell(f"token budget {budget}: 99 % of the times between tokens within {stalled.p99 * 1e3:.0f} ms")
+            tell(f"token budget {budget}: the longest time between tokens is {stalled.max * 1e3:.0f} ms")
             work = f"{RUNNING} requests generate, token budget {budget}"
-            waited, multiple = stalled.max / busy.longest_step(), stalled.p99 / quiet.median
+            waited, multiple = stalled.max / busy.longest_step(), stalled.max / quiet.median
             disturbed = alone.is_disturbed or busy.is_disturbed
             verdicts += [
                 Verdict("stall", work, "longest time between tokens / longest step", 1.0, waited, at_most=True),
-                Verdict("stall", work, "p99 between tokens / median alone", most, multiple, "x", True, disturbed),
+                Verdict("stall", work, "longest time between tokens / median alone", most, multiple, "x", True, disturbed),
             ]
             rows += [_cells(budget, "no", quiet, quiet), _cells(budget, "yes", stalled, quiet)]
             figures[f"multiple at {budget}"] = multiple
@@ -53,4 +53,4 @@ def run_stall(folder: Path, tell: Callable[[str], None]) -> Part:
 
 def _cells(budget: int, arriving: str, gaps: Gaps, alone: Gaps) -> tuple[str, ...]:
     times = (f"{value * 1e3:.0f}" for value in (gaps.median, gaps.p99, gaps.max))
-    return str(budget), arriving, *times, f"{gaps.p99 / alone.median:.1f}"
+    return str(budget), arriving, *times, f"{gaps.max / alone.median:.1f}"
