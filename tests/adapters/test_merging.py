@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,15 @@ def test_as_a_context_it_is_on_inside_only(model: PreTrainedModel, tmp_path: Pat
     with adapters.load(model, path) as on:
         on.merge()
     assert not same(bits(model), before)
+
+
+def test_a_model_with_an_adapter_goes_when_nobody_holds_it(tmp_path: Path) -> None:
+    model = bases.make("ours")
+    adapters.load(model, random_adapter(model, tmp_path / "a"))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_one_after_the_other(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Ll
 
 import moesaic
 from moesaic import ExpertBank
-from moesaic.adapters import AdapterLayer, Base, merge, write_adapter
+from moesaic.adapters import AdapterLayer, Base, load, merge, write_adapter
 from moesaic.adapters.fingerprint import fingerprint
 from moesaic.adapters.lora_format import save_lora
 from moesaic.adapters.pool import AdapterPool, Prepared
@@ -185,6 +186,19 @@ def test_expert_adapters_and_low_rank_ones_share_a_batch(ours: Any) -> None:
     pool.unload("low")
     assert pool.names() == ["experts"] and pool.memory().committed_bytes < held.committed_bytes
     assert torch.equal(logits(model, ids), alone[0])
+
+
+def test_a_copy_of_the_model_has_no_adapters(ours: Any) -> None:
+    model, pool, folder = ours
+    alone = logits(model, prompts())
+    save_lora(folder / "low rank", random_lora(model, "both", 3, 4.0, seed=1), model)
+    pool.load("whole", write(model, folder / "whole", 2))
+    both = per_token([pool.load("parts", folder / "low rank"), pool.index("whole")] * 3)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pool.using(both):
+            assert torch.equal(logits(copied, prompts()), alone)
+        with load(copied, folder / "low rank"):
+            assert not torch.equal(logits(copied, prompts()), alone)
 
 
 def test_a_dense_model_can_have_low_rank_adapters_only(tmp_path: Path) -> None:
@@ -473,12 +487,31 @@ def test_an_adapter_in_half_precision_and_one_of_a_single_matrix(ours: Any) -> N
         (torch.zeros(3), "got torch.float32"),
         (torch.tensor([0, 9]), r"0 \.\.\. 8, got 0 \.\.\. 9"),
         (torch.tensor([0, -1]), r"got -1 \.\.\. 0"),
+        (torch.tensor([0, 3, 5]), "no adapter with the index 3"),
     ],
 )
 def test_indices_are_checked(ours: Any, index: Tensor, said: str) -> None:
     _, pool, _ = ours
     with pytest.raises(ConfigError, match=said), pool.using(index):
         raise AssertionError("not reached")
+
+
+def test_the_index_of_an_adapter_that_has_gone_is_refused(ours: Any) -> None:
+    model, pool, folder = ours
+    write(model, folder / "a", 0)
+    prepared = pool.prepare("a", folder / "a")
+    index = torch.tensor([0, prepared.index])
+
+    def refused() -> None:
+        with pytest.raises(ConfigError, match="no adapter with the index 1"), pool.using(index):
+            raise AssertionError("not reached")
+
+    refused()
+    pool.publish(prepared)
+    with pool.using(index):
+        pass
+    pool.unload("a")
+    refused()
 
 
 def test_models_that_cannot_be_served() -> None:
@@ -533,3 +566,19 @@ def test_a_closed_pool_takes_no_more(ours: Any) -> None:
         pool.publish(waiting)
     with pytest.raises(UsageError, match="closed"):
         pool.prepare("a", folder / "a")
+
+
+def test_closing_while_an_adapter_is_read(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pool, folder = ours
+    write(model, folder / "a", 0, choose=lambda name, count, generator: [1])
+    wanted = logits(model, prompts())
+    copy_rows = slots._copy
+
+    def closing(into: Tensor, values: Tensor) -> None:
+        copy_rows(into, values)
+        pool.close()
+
+    monkeypatch.setattr(slots, "_copy", closing)
+    with pytest.raises(UsageError, match="closed while it read one"):
+        pool.prepare("a", folder / "a")
+    assert torch.equal(logits(model, prompts()), wanted)

@@ -276,7 +276,8 @@ def test_memory_comes_and_goes_with_the_adapters() -> None:
     assert slots.committed == before and taken == [4, 5]
 
 
-def test_memory_that_runs_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [UsageError, UnsupportedError])
+def test_memory_that_runs_out_changes_nothing(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     slots, _ = slots_of(bank_of())
     load(slots, 1, [0], {})
     before = slots.committed, slots.used
@@ -286,11 +287,11 @@ def test_memory_that_runs_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     def sometimes(memory: ranges.AddressRange, first: int, last: int) -> None:
         commits.append(first)
         if len(commits) == 3:
-            raise UsageError("no memory")
+            raise error("no memory")
         commit(memory, first, last)
 
     monkeypatch.setattr(ranges.AddressRange, "commit", sometimes)
-    with pytest.raises(UsageError, match="no memory"):
+    with pytest.raises(error, match="no memory"):
         slots.allocate(2)
     assert (slots.committed, slots.used) == before
     assert slots.allocate(2) == [E + 1, E + 2]

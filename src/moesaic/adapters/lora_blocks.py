@@ -164,7 +164,7 @@ class LoraBlocks:
                 for first, last in _runs(blocks):
                     memory.commit(first, last)
                     done.append((memory, first, last))
-        except UsageError:
+        except BaseException:
             for memory, first, last in done:
                 memory.release(first, last)
             self._give_up(blocks)

@@ -142,7 +142,7 @@ class AttachedLora:
         self._modules[target.name] = low_rank
 
     def _of(self, target: Target) -> ExpertsLowRank:
-        if not hasattr(target.module, "low_rank"):
+        if getattr(target.module, "low_rank", None) is None:
             names = [each.parameter for each in self._targets.values() if each.module is target.module]
             target.module.low_rank = ExpertsLowRank(*names)
         assert isinstance(target.module.low_rank, ExpertsLowRank)

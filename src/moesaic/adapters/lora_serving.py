@@ -12,7 +12,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +87,12 @@ class _LinearParts:
 
     def __init__(self, blocks: LoraBlocks, batch: _Batch) -> None:
         self._blocks, self._batch = blocks, batch
-        self._handle = blocks.target.module.register_forward_hook(self._add)
+        self._handle = blocks.target.module.register_forward_hook(self)
 
     def remove(self) -> None:
         self._handle.remove()
 
-    def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         batch, index_T = self._batch, self._batch.index_T
         if index_T is None or not batch.present & self._blocks.adapters:
             return output
@@ -105,6 +107,14 @@ class _LinearParts:
         rows = mask_T.to(x_TI.device).nonzero()[:, 0]
         added = self._blocks.add(out_TO[rows], x_TI[rows], index_T[rows])
         return out_TO.index_copy(0, rows, added).view(output.shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a model, or one that is saved whole, has no adapters.
+        return partial, (_nothing,)
+
+
+def _nothing(*_: object) -> None:
+    """A forward hook that changes nothing."""
 
 
 class _ExpertsParts:
@@ -151,6 +161,9 @@ class _ExpertsParts:
 
     def _adapters(self) -> frozenset[int]:
         return frozenset().union(*(blocks.adapters for blocks in self.blocks.values()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # as a hook's copy: None is what a module without adapters has
 
 
 class LoraParts:

@@ -14,7 +14,8 @@ from moesaic.adapters.methods import METHODS, Applied, Method
 from moesaic.errors import CheckpointError, UsageError
 from moesaic.hf.load import load_model
 
-_LOADED: WeakKeyDictionary[nn.Module, LoadedAdapter] = WeakKeyDictionary()
+# Not the adapters themselves: they hold their model, which would then never go.
+_LOADED: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 
 
 class LoadedAdapter:
@@ -82,11 +83,11 @@ def load(model: PreTrainedModel, path: str | Path) -> LoadedAdapter:
     """
     if model in _LOADED:
         raise UsageError(
-            f"the model has the adapter {str(_LOADED[model].path)!r} on it already: remove() or merge() that first"
+            f"the model has the adapter {str(_LOADED[model])!r} on it already: remove() or merge() that first"
         )
     folder = adapter_folder(path)
     loaded = LoadedAdapter(model, _method_of(folder).apply(model, folder))
-    _LOADED[model] = loaded
+    _LOADED[model] = loaded.path
     return loaded
 
 

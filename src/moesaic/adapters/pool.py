@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +76,8 @@ class AdapterPool:
     """The adapters of one model: ESFT adapters as expert slots, LoRA ones as low-rank parts.
 
     The model's expert weights move into address ranges, where they stay its parameters; alone it computes what it did,
-    and a copy of it has no adapters. Convert, move and freeze a model before. ``prepare`` and ``discard`` may be called
+    and a copy of it has no adapters. Convert, move and freeze a model before. It is for inference: no gradient reaches
+    the experts' weights in a forward pass with an adapter's experts. ``prepare`` and ``discard`` may be called
     in any thread; all else belongs between two forward passes, in the thread that makes them.
 
     Args:
@@ -101,6 +103,8 @@ class AdapterPool:
         self._batch = BatchAdapters()
         self._lock = threading.RLock()
         self._pending: dict[str, Prepared] = {}
+        # By index, whether an adapter is published there; the base always is.
+        self._is_there = np.arange(max_adapters + 1) == 0
         self._loaded: dict[str, Prepared] = {}
         self._lora: LoraParts | None = None
         self._is_closed = False
@@ -136,8 +140,10 @@ class AdapterPool:
                 prepared.lora = self._low_rank().prepare(folder)
             else:
                 self._fill(prepared, read_adapter(folder))
-        except BaseException:
+        except BaseException as error:
             self.discard(prepared)
+            if self._is_closed and isinstance(error, Exception):
+                raise UsageError("the pool of adapters was closed while it read one") from error
             raise
         return prepared
 
@@ -152,6 +158,7 @@ class AdapterPool:
                 assert self._lora is not None
                 self._lora.publish(prepared.index, prepared.lora)
             self._loaded[prepared.name] = self._pending.pop(prepared.name)
+            self._is_there[prepared.index] = True
         return prepared.index
 
     def discard(self, prepared: Prepared) -> None:
@@ -178,6 +185,7 @@ class AdapterPool:
         index = self.index(name)
         with self._lock:
             adapter = self._loaded.pop(name)
+            self._is_there[index] = False
             for layer in adapter.slots:
                 slots = self._layers[layer].slots
                 slots.release(slots.withdraw(index))
@@ -307,6 +315,9 @@ class AdapterPool:
             low, high = (int(value) for value in index_T.aminmax())
             if low < 0 or high > self.max_adapters:
                 raise ConfigError(f"adapter indices are in 0 ... {self.max_adapters}, got {low} ... {high}")
+            there_T = self._is_there[index_T.numpy()]
+            if not there_T.all():
+                raise ConfigError(f"there is no adapter with the index {int(index_T[int(there_T.argmin())])}")
 
 
 def _servable(name: str, module: nn.Module) -> ExpertWeights:

@@ -197,7 +197,7 @@ class ExpertSlots:
                 for first, last, _ in _runs(slots):
                     matrix.memory.commit(first, last)
                     done.append((matrix.memory, first, last))
-        except UsageError:
+        except BaseException:
             for memory, first, last in done:
                 memory.release(first, last)
             self._give_up(slots)
@@ -212,7 +212,7 @@ class ExpertSlots:
             rows: for each of :meth:`ExpertWeights.tensors` the copies, ``[len(slots), ...]``, of any float dtype; what
                 is left out is the base's.
         """
-        for name, matrix in self._matrices.items():
+        for name, matrix in list(self._matrices.items()):  # close() may empty it meanwhile
             for first, last, at in _runs(slots):
                 into = matrix.rows[first:last]
                 _copy(
