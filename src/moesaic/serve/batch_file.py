@@ -129,6 +129,8 @@ def _read(number: int, text: bytes, base: str, adapters: Collection[str], seed: 
         asked = {"model": base, **fields}
     if not isinstance(custom_id, str) or not custom_id:
         raise DataError("custom_id must be a string that is not empty")
+    if any("\ud800" <= character <= "\udfff" for character in custom_id):  # the file of results could not hold it
+        raise DataError("custom_id: half of a surrogate pair is no text")
     kind = _BODIES[url]
     try:
         body = kind.model_validate(asked)

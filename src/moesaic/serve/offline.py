@@ -143,13 +143,13 @@ class _Run:
             try:
                 of_line = requests_of(line.body, tokenizer, request_id=line.result_id, adapter=line.adapter)
                 of_line = within(of_line, line.body, self._engine.max_context)
-                # A list takes four times as much, and all prompts are held at once.
-                of_line = [replace(request, prompt_ids=array("q", request.prompt_ids)) for request in of_line]
                 for request in of_line:
                     self._engine.check(request)
             except UsageError as error:
                 bad[line.number] = str(error)
                 continue
+            # A list takes four times as much, and all prompts are held at once.
+            of_line = [replace(request, prompt_ids=array("q", request.prompt_ids)) for request in of_line]
             requests += of_line
             reply = Reply(line.body, of_line, reply_id=line.result_id, token_bytes=spelled)
             opened = _Open(line, reply, [request.id for request in of_line])
