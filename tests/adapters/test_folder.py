@@ -122,7 +122,7 @@ def test_scores_and_names_may_be_edited(folder: Path) -> None:
     assert read_adapter(folder).layers[FIRST].scores == [0.1, 0.2]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"adapter"', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"adapter"', "\xff", "[" * 100_000])
 def test_a_manifest_that_is_no_json_object_is_refused(text: str, folder: Path) -> None:
     (folder / "adapter.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"adapter\.json"):

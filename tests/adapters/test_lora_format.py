@@ -228,12 +228,25 @@ def retensor(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], 
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def no_rank(folder: Path) -> None:
+    edit(folder, rank_pattern={"model.layers.0.self_attn.q_proj": 0})
+
+    def empty(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"][:0].clone()
+        tensors[f"{Q}.lora_B.weight"] = tensors[f"{Q}.lora_B.weight"][:, :0].clone()
+
+    retensor(empty)(folder)
+
+
 UP = "base_model.model.model.layers.0.mlp.experts.base_layer"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "there is no adapter at"),
     "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds no adapter_model"),
     "truncated": (truncate, "damaged or truncated"),
     "config no json": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
+    "config too deep": (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), "cannot be read"),
     "config a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "no JSON object"),
     "another method": (lambda folder: edit(folder, peft_type="IA3"), "peft_type is 'IA3'"),
     "dora": (lambda folder: edit(folder, use_dora=True), "use_dora = True is not supported"),
@@ -243,6 +256,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pissa": (lambda folder: edit(folder, init_lora_weights="pissa_niter_4"), "changes the base"),
     "a rank that is none": (lambda folder: edit(folder, r=5), "is 5 by its settings, but 4 by its tensors"),
     "alpha a word": (lambda folder: edit(folder, lora_alpha="8"), "lora_alpha of .* is '8'"),
+    "alpha no number": (lambda folder: edit(folder, lora_alpha=float("nan")), "lora_alpha of .* is nan"),
+    "alpha beyond float32": (lambda folder: edit(folder, lora_alpha=1e39), r"lora_alpha of .* is 1e\+39"),
+    "parameters a number": (lambda folder: edit(folder, target_parameters=5), "target_parameters = 5 is no list"),
+    "parameters a word": (lambda folder: edit(folder, target_parameters="a"), "target_parameters = 'a' is no list"),
+    "no rank": (no_rank, "is 0 by its settings, but 0 by its tensors"),
     "a pattern that is none": (lambda folder: edit(folder, rank_pattern={"(": 4}), "is no pattern"),
     "patterns a list": (lambda folder: edit(folder, alpha_pattern=[1]), "alpha_pattern is no JSON object"),
     "B missing": (retensor(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")), "there is lora_A only"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moesaic
+from moesaic.adapters import lora_blocks
 from moesaic.adapters.fingerprint import fingerprint
 from moesaic.adapters.folder import AdapterLayer, Base, write_adapter
 from moesaic.adapters.lora import LoraAdapter
@@ -325,6 +326,24 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(tmp_path: Path, mon
     monkeypatch.setattr("moesaic.adapters.lora_blocks._ROOM", 2)
     with pytest.raises(UsageError, match=r"room for 2 more blocks of rank 16 in .*q_proj.weight, not 3"):
         parts.prepare(tmp_path / "one")
+    assert parts.memory() == LoraMemory(0, 0)
+
+
+def test_an_adapter_that_cannot_be_copied_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("olmoe")
+    written(tmp_path, model, 1)
+    parts = LoraParts(model)
+    to_blocks, copied = lora_blocks._to_blocks, []
+
+    def failing(matrix_XRI: Tensor, like: Tensor) -> Tensor:
+        copied.append(like)
+        if len(copied) == 4:
+            raise RuntimeError("not this one")
+        return to_blocks(matrix_XRI, like)
+
+    monkeypatch.setattr(lora_blocks, "_to_blocks", failing)
+    with pytest.raises(RuntimeError, match="not this one"):
+        parts.prepare(tmp_path)
     assert parts.memory() == LoraMemory(0, 0)
 
 

@@ -190,7 +190,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(folder)!r} is an adapter in PEFT's format, not one of tuned experts")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(folder, f"{MANIFEST} cannot be read: {error}") from error
     told = manifest.get("format") if isinstance(manifest, dict) else None
     if told != FORMAT:

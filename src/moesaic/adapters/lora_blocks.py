@@ -86,10 +86,14 @@ class LoraBlocks:
         missing = each * WIDTH - part.rank
         blocks = self._allocate(len(experts) * each)
         ids = torch.tensor(blocks, device=self._a_BRI.device)
-        with torch.no_grad():
-            self._a_BRI[ids] = _to_blocks(F.pad(a_XRI, (0, 0, 0, missing)), self._a_BRI)
-            self._b_BRO[ids] = _to_blocks(F.pad(b_XOR, (0, missing)).transpose(1, 2), self._b_BRO)
-            self._scaling_B[ids] = part.scaling
+        try:
+            with torch.no_grad():
+                self._a_BRI[ids] = _to_blocks(F.pad(a_XRI, (0, 0, 0, missing)), self._a_BRI)
+                self._b_BRO[ids] = _to_blocks(F.pad(b_XOR, (0, missing)).transpose(1, 2), self._b_BRO)
+                self._scaling_B[ids] = part.scaling
+        except BaseException:
+            self._release(blocks)
+            raise
         table_EP = torch.full((self._experts + 1, each), len(self._taken))
         table_EP[experts] = ids.cpu().view(-1, each)
         size = (part.a.numel() + part.b.numel()) * self._a_BRI.element_size()
@@ -97,10 +101,7 @@ class LoraBlocks:
 
     def release(self, placed: Placed) -> None:
         """Free a part's blocks, and give their memory back; it must not be published."""
-        for first, last in _runs(placed.blocks):
-            for memory in self._memory:
-                memory.release(first, last)
-        self._give_up(placed.blocks)
+        self._release(placed.blocks)
 
     def publish(self, adapter: int, placed: Placed) -> None:
         """Let the rows of an adapter find their blocks."""
@@ -170,6 +171,12 @@ class LoraBlocks:
             self._give_up(blocks)
             raise
         return blocks
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        for first, last in _runs(blocks):
+            for memory in self._memory:
+                memory.release(first, last)
+        self._give_up(blocks)
 
     def _give_up(self, blocks: Sequence[int]) -> None:
         for block in blocks:

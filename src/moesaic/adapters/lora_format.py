@@ -120,7 +120,7 @@ def _read(folder: Path, model: nn.Module, fingerprint: str | None) -> LoraAdapte
 def _json(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} cannot be read: {error}") from error
     if not isinstance(told, dict):
         raise CheckpointError(f"{file.name} is no JSON object")

@@ -61,6 +61,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
     for key in _PATTERNS.values():
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{key} is no JSON object")
+    told = config.get("target_parameters") or []
+    if not isinstance(told, list) or not all(isinstance(each, str) for each in told):
+        raise CheckpointError(f"target_parameters = {told!r} is no list of names")
 
 
 def parts_of(
@@ -190,9 +193,10 @@ def _is_swapped(target: Target, inputs: int, outputs: int, config: Mapping[str, 
 
 def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
     told, alpha = _setting(config, name, "r"), _setting(config, name, "lora_alpha")
-    if told != rank:
+    if not rank or told != rank:
         raise CheckpointError(f"the rank of {name} is {told!r} by its settings, but {rank} by its tensors")
-    if not isinstance(alpha, int | float):
+    # Beyond float32, in which parts are computed, as bad as infinity itself.
+    if not isinstance(alpha, int | float) or not abs(alpha) < 3e38:
         raise CheckpointError(f"lora_alpha of {name} is {alpha!r}")
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
