@@ -217,7 +217,12 @@ def test_a_grammar_is_compiled_once_and_those_used_last_are_kept(monkeypatch: py
         ({"json_schema": '{"enum": ["\\ud800"]}'}, "the JSON schema cannot be used: "),
         ({"json_schema": '{"a":' * 9999 + "1" + "}" * 9999}, "the JSON schema is nested too deeply"),
         ({"json_schema": '{"a": "' + "b" * (1 << 17) + '"}'}, "it may have at most 131072"),
+        (
+            {"json_schema": json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(2000)}})},
+            "the JSON schema cannot be used: it is too large to be followed",
+        ),
         ({"regex": "("}, "the regular expression cannot be used: unclosed group"),
+        ({"regex": "(a{1000}){1000}"}, "the regular expression cannot be used: it is too large to be followed"),
         ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
         ({"regex": r"[^\x00-\U0010ffff]"}, "the regular expression cannot be met: there is no text that matches it"),
         ({"grammar": "start: other"}, 'the grammar cannot be used: at 1(8): unknown name: "other"'),
@@ -284,15 +289,17 @@ def test_a_long_chain_of_references_takes_no_longer_than_its_length(monkeypatch:
     assert endless_part(schema | {"$defs": chain | {"p1000": {"$ref": "#/$defs/p7"}}}) == "#/$defs/p0"
 
 
-def test_a_short_expression_does_not_fill_the_memory() -> None:
+def test_short_expressions_do_not_fill_the_memory() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     compile_constraint(SamplingParams(regex="a"), VOCABULARIES["byte level"])
     before = resident()
-    compile_constraint(SamplingParams(regex="(a{1000}){1000}"), VOCABULARIES["byte level"])
+    for count in range(1000, 1004):
+        with pytest.raises(ConfigError, match="too large"):
+            compile_constraint(SamplingParams(regex=f"(a{{1000}}){{{count}}}"), VOCABULARIES["byte level"])
     # What is compiled is kept, and a client may ask for one after the other.
-    assert resident() - before < 100 << 20
+    assert resident() - before < 150 << 20
 
 
 def test_a_model_without_an_end_token_and_other_tokenizers_are_refused() -> None:

@@ -166,6 +166,23 @@ def test_continuations_go_on_without_the_first() -> None:
     assert run.finished == [other]
 
 
+def test_who_leaves_the_queue_is_forgotten() -> None:
+    scheduler = Scheduler(8, PAGE, 1, 8)
+    first = sequence(0, [1] * 5, 9)
+    scheduler.add([first])
+    scheduler.schedule()
+    waiting = [sequence(order, [order], 1) for order in (2, 1)]
+    for one in waiting:
+        scheduler.add([one])
+    for order in range(3, 1000):
+        left = sequence(order, [1] * 5)
+        scheduler.add([left])
+        scheduler.remove(left)
+    assert scheduler.num_waiting == 2 and len(scheduler._waiting) < 100
+    scheduler.remove(first)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [waiting[1]]
+
+
 def test_after_a_failed_step_nothing_is_trusted() -> None:
     run = driver()
     run.scheduler.add([sequence(0, list(range(9)))])

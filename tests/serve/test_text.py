@@ -180,6 +180,15 @@ def test_a_stop_string_before_the_least_number_of_tokens_is_text() -> None:
     assert stream.push(tokenizer("z")["input_ids"]) == "" and stream.stopped
 
 
+def test_a_stop_string_counts_from_the_token_that_completes_it() -> None:
+    tokenizer = TOKENIZERS["byte level"]
+    stream = TextStream(tokenizer, ["ab", "xyz"], min_tokens=6)
+    pieces = [stream.push(tokenizer(character)["input_ids"]) for character in "abxxyz"]
+    assert ("".join(pieces), stream.stopped) == ("abx", True)
+    unfinished = TextStream(tokenizer, ["ab"], min_tokens=9)
+    assert unfinished.push(tokenizer("aba")["input_ids"]) + unfinished.finish() == "aba"
+
+
 @each
 def test_bytes_of_tokens_are_the_text(name: str) -> None:
     tokenizer = TOKENIZERS[name]

@@ -82,6 +82,7 @@ class _Compiler:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._llguidance = _import_llguidance()
         self._tokenizer = self._read(vocabulary)
+        self._ends = vocabulary.end_ids
         self._limits = self._llguidance.LLParserLimits(
             max_lexer_states=_LEXER_STATES, initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False
         )
@@ -126,7 +127,17 @@ class _Compiler:
             raise ConfigError(f"the {_KINDS[kind]} cannot be met: there is no text that matches it")
         if matcher.is_error():
             raise ConfigError(f"the {_KINDS[kind]} cannot be used: {_reason(matcher.get_error())}")
+        if self._is_too_large(matcher):
+            raise ConfigError(f"the {_KINDS[kind]} cannot be used: it is too large to be followed")
         return matcher
+
+    def _is_too_large(self, matcher: Any) -> bool:
+        """Whether it cannot take the first token of a text: a grammar's size shows only when it is gone through."""
+        ahead = matcher.deep_copy()
+        allowed = np.unpackbits(np.frombuffer(ahead.compute_bitmask(), np.uint8), bitorder="little")
+        allowed[list(self._ends)] = 0
+        ahead.consume_tokens([int(allowed.argmax())] if allowed.any() else [])
+        return bool(ahead.is_error())
 
     def _read(self, vocabulary: Vocabulary) -> Any:
         if not vocabulary.end_ids:

@@ -90,6 +90,9 @@ class Scheduler:
         """A sequence has ended, or is not wanted any more, wherever it is."""
         if sequence in self._queued:
             self._queued.discard(sequence)
+            # Clients that come and leave while the oldest waits would fill the heap.
+            if len(self._waiting) > 2 * len(self._queued) + 64:
+                self._waiting = sorted(self._queued)
         elif sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)

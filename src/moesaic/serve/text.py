@@ -67,11 +67,10 @@ class TextStream:
     def _cut(self, piece: str) -> str:
         if not self._stop or self.stopped:
             return "" if self.stopped else piece
-        if self._unstoppable > 0:
-            return piece
         text = self._held + piece
+        # Before the least number of tokens, too, beginnings are held back: they may be complete after it.
         found = [(at + len(string), at) for string in self._stop if (at := text.find(string)) >= 0]
-        if found:
+        if found and self._unstoppable <= 0:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
         for start in range(max(0, len(text) - self._longest), len(text)):

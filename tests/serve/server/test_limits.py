@@ -14,6 +14,7 @@ import pytest
 from tests.serve.server.running import PATIENCE, FakeEngine, Running, fake, serving
 
 from moesaic.errors import ConfigError, UnsupportedError
+from moesaic.serve.server.gate import is_loopback
 
 BODY = {"model": "base", "prompt": "hi", "max_tokens": 3}
 
@@ -170,6 +171,14 @@ def test_one_key_of_several_lets_in(engine: FakeEngine) -> None:
 )
 def test_other_names_are_not_answered_to_without_keys(shared: Running, host: str, status: int) -> None:
     assert shared.ask("GET", "/v1/models", headers={"Host": host})[0] == status
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.1", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_what_only_this_machine_reaches(host: str, is_own: bool) -> None:
+    assert is_loopback(host) is is_own
 
 
 def test_a_full_queue_says_when_to_come_again(engine: FakeEngine) -> None:

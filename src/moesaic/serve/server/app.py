@@ -15,9 +15,6 @@ from moesaic.serve.server.page import page_routes
 from moesaic.serve.server.routes import router
 from moesaic.serve.server.service import Service
 
-JOIN_SECONDS = 30.0
-"""How long the end waits for the engine's step; a step takes seconds at most."""
-
 
 def create_app(service: Service) -> FastAPI:
     """The ASGI application of a service; its lifespan starts and stops the service."""

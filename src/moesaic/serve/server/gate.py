@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -115,7 +116,12 @@ class Gate:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens at ``host``."""
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+    try:
+        # A name may mean it, too, and so may a shorter way to write the address ("127.1").
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        return False
+    return ipaddress.ip_address(str(found[0][4][0]).partition("%")[0]).is_loopback
 
 
 def _is_address(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from typing import Annotated, Any, Literal
@@ -22,6 +23,8 @@ from moesaic.serve.server.inbox import Inbox
 from moesaic.serve.server.metrics import MEDIA_TYPE
 from moesaic.serve.server.service import Service
 from moesaic.serve.server.stats import State, Stats
+
+log = logging.getLogger("moesaic.serve")
 
 _CLIENT_LEFT = 499
 """As nginx calls it; nobody reads it but the log and the metrics."""
@@ -236,6 +239,8 @@ async def _events(service: Service, inbox: Inbox, reply: Reply) -> AsyncIterator
                 yield _event(event)
     except Exception as error:
         told = as_api_error(error)
+        if told.label == "internal_error":  # of an answer without a stream uvicorn logs it
+            log.exception("a stream has failed")
         service.metrics.erred(told.label)
         yield f"data: {json.dumps(told.body())}\n\n"
         return
