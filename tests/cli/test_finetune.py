@@ -71,6 +71,30 @@ def test_the_run_is_an_adapter_for_the_other_commands(
     assert told[0] != told[1]
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_low_rank_adapter_is_measured_as_it_was_trained(
+    moesaic: Run, base: Path, words: list[str], corpus: list[str], tmp_path: Path, quantized: bool
+) -> None:
+    if quantized:
+        assert moesaic("quantize", base, "--to", "int8", "--out", tmp_path / "base")[0] == 0
+        base = tmp_path / "base"
+    # Of a base that is no run, eval holds out what training does by default.
+    others = ("adapter.threshold", "adapter.sample_tokens", "data.validation_fraction")
+    settings = [word for word in words if not word.startswith(others)]
+    lora = ["method=lora", "targets=both", "precision=bf16"]
+    code, printed, err = moesaic("finetune", base, *settings, *lora, "--out", tmp_path / "run", "--json")
+    assert code == 0, err
+    data = [word for source in corpus for word in ("-d", source)]
+    same = ["--split", "validation", "--sequence-length", 16, "--max-tokens", 128, "--precision", "bf16", "--json"]
+    code, measured, err = moesaic("eval", base, "--adapter", tmp_path / "run", *data, *same, "--batch-size", 4)
+    assert code == 0, err
+    after = json.loads(printed)["after"]
+    for domain, result in json.loads(measured)["domains"].items():
+        assert result["loss"] == pytest.approx(after[domain]["loss"], rel=1e-7)
+    short = ["--prompt", "the cat", "--max-new-tokens", 3]
+    assert moesaic("generate", base, "--adapter", tmp_path / "run", *short)[0] == 0
+
+
 def test_json_is_one_document(moesaic: Run, base: Path, words: list[str], tmp_path: Path) -> None:
     code, printed, err = moesaic("finetune", base, *words, "--out", tmp_path / "run", "--json")
     assert code == 0, err

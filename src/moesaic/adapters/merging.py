@@ -97,14 +97,16 @@ def merge(model: PreTrainedModel, path: str | Path) -> None:
 
 
 def load_adapted(path: str | Path, adapter: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model from a folder with an adapter on it for good, and its tokenizer.
+    """A model from a folder with an adapter on it, and its tokenizer.
+
+    A LoRA stays beside the weights: quantized ones can have it so, and its numbers are those that training measured.
 
     Raises:
         CheckpointError, UnsupportedError: as :func:`moesaic.hf.load.load_model` and :func:`load`.
     """
     adapter_folder(adapter)  # before seconds of loading
     model, tokenizer = load_model(path)
-    merge(model, adapter)
+    load(model, adapter)
     return model, tokenizer
 
 
