@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tests.serve.server.running import PATIENCE, FakeEngine, Running, fake, serving
 
 from moesaic.errors import ConfigError, UnsupportedError
+from moesaic.serve.server import gate
 from moesaic.serve.server.gate import is_loopback
 
 BODY = {"model": "base", "prompt": "hi", "max_tokens": 3}
@@ -112,6 +114,25 @@ def test_a_body_too_large_is_refused_before_it_is_read(engine: FakeEngine) -> No
         assert connection.getresponse().status == 413
         connection.close()
         assert server.ask("POST", "/v1/completions", json.dumps(BODY).encode() + b" " * 900)[0] == 200
+
+
+def test_bodies_together_do_not_fill_the_memory(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOST_BODIES", 2)
+    with serving(fake(engine), max_body=1000) as server:
+        slow = [server.connect() for _ in range(2)]
+        for connection in slow:
+            connection.putrequest("POST", "/v1/completions")
+            connection.putheader("Content-Length", "1000")
+            connection.endheaders(b" " * 990)
+        until = time.monotonic() + PATIENCE
+        while (answer := server.ask("POST", "/v1/completions", BODY))[0] != 429 and time.monotonic() < until:
+            pass  # the server has not read them yet
+        assert error_of(answer)["code"] == "queue_full" and answer[1]["retry-after"]
+        for connection in slow:
+            connection.close()
+        while (answer := server.ask("POST", "/v1/completions", BODY))[0] != 200 and time.monotonic() < until:
+            pass
+        assert answer[0] == 200
 
 
 def test_unknown_models_are_answered_with_the_known_ones(shared: Running) -> None:

@@ -23,6 +23,8 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = {"/", "/health", "/ready", "/openapi.json"}
 """Paths that need no key; and those of the page's files."""
 OPEN_FOLDER = "/page/"
+MOST_BODIES = 64
+"""Bodies of full size that may be in memory at once; connections are not counted, what they hold is."""
 
 
 class Gate:
@@ -30,6 +32,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._held = 0
         # A page from anywhere can make a browser ask a server on the same machine, under a name of the page's own
         # (DNS rebinding); keys protect from it, and so does knowing one's own names.
         self._own_names_only = not settings.keys and is_loopback(settings.host)
@@ -46,24 +49,18 @@ class Gate:
                 self._metrics.responded(getattr(route, "path", "other"), message["status"])
             await send(message)
 
+        body, handed_on = bytearray(), 0
         try:
             self._check(scope)
-            body = await self._read(scope, receive)
+            if await self._read(scope, receive, body):
+                replay, handed_on = _replayed(bytes(body), receive), len(body)
+                body.clear()
+                await self._app(scope, replay, send_and_count)
         except ApiError as error:
             self._metrics.erred(error.label)
             await error.reply()(scope, receive, send_and_count)
-            return
-        if body is None:
-            return
-
-        async def replay() -> Message:
-            nonlocal body
-            if body is None:
-                return await receive()
-            whole, body = body, None
-            return {"type": "http.request", "body": whole, "more_body": False}
-
-        await self._app(scope, replay, send_and_count)
+        finally:
+            self._held -= len(body) + handed_on
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -86,32 +83,46 @@ class Gate:
             return True
         return _is_address(name)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None where the client has left before its end."""
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Fill the body, and count what all of them hold; False where the client has left before its end."""
         headers = Headers(scope=scope)
         told = headers.get("content-length", "")
         if told.isdigit() and int(told) > self._settings.max_body:
             raise self._too_large()
-        body = bytearray()
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                return False
+            part = message.get("body", b"")
+            body += part
+            self._held += len(part)
             more = message.get("more_body", False)
             if len(body) > self._settings.max_body:
                 raise self._too_large()
+            if self._held > MOST_BODIES * self._settings.max_body:
+                busy = {"Connection": "close", "Retry-After": "1"}
+                raise ApiError(429, "the bodies of other requests fill the memory", code="queue_full", headers=busy)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         # Other kinds may be sent by any page without the browser asking first.
         if body and kind != "application/json":
             raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-        return bytes(body)
+        return True
 
     def _too_large(self) -> ApiError:
         # What is left of the body is not read: the connection cannot be used again.
         text = f"the body has more than {self._settings.max_body} bytes"
         return ApiError(413, text, headers={"Connection": "close"})
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """What gives a body that has been read, and then what still comes."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return left.pop() if left else await receive()
+
+    return replay
 
 
 def is_loopback(host: str) -> bool:
