@@ -196,6 +196,8 @@ def test_functions_row_by_row(width: int, threads: int) -> None:
 def test_what_cannot_be_isolated_is_refused() -> None:
     with isolation.isolated(), pytest.raises(UnsupportedError, match="only products with one matrix"):
         torch.ones(3, 4, 5) @ torch.ones(3, 5, 6)
+    with isolation.isolated(), pytest.raises(UnsupportedError, match="einsum cannot be isolated"):
+        torch.einsum("ij,jk->ik", torch.ones(3, 4), torch.ones(4, 5))
     model = tiny("llama").double()
     assert "float32, bfloat16 and float16" in str(isolation.refusal(model))
     with pytest.raises(UnsupportedError, match="cannot be isolated"):

@@ -5,7 +5,6 @@ N routed rows · D model width · F expert hidden width · G = 2F where a gate i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -43,7 +42,7 @@ def compute_unfused(x_TD: Tensor, dispatch: Dispatch, weights: ExpertWeights, pa
 
 
 def grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    """:func:`grouped_matmul`; where no gradient is recorded, on the native kernels, one call for each expert with rows.
+    """:func:`grouped_matmul`; where no gradient is recorded, on the native kernels.
 
     PyTorch's own takes a multiple of their time for the few rows an expert that serving has, and in bfloat16 generates
     code for every new number of rows.
@@ -53,10 +52,10 @@ def grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     """
     reason: str | None = "it is traced, or records gradients"
     if not torch.is_grad_enabled() and is_eager(x_NI, w_EIO):
-        reason = linear.refusal(x_NI, w_EIO[0].t())
+        w_EOI = w_EIO.transpose(1, 2)
+        reason = linear.refusal(x_NI, w_EOI)
         if reason is None:
-            groups = ((rows, w_EIO[expert].t()) for expert, rows in _groups(offsets_E))
-            return _each_natively(x_NI, groups, w_EIO.shape[2])
+            return linear.grouped_linear(x_NI, w_EOI, offsets_E, row_invariant=is_row_invariant())
     if is_row_invariant():
         raise UnsupportedError(f"low-rank parts cannot be computed row by row: {reason}")
     return grouped_matmul(x_NI, w_EIO, offsets_E)
@@ -77,8 +76,11 @@ def _down(h_NF: Tensor, weights: ExpertWeights, offsets_E: Tensor) -> Tensor:
 def _quantized_rows(x_NI: Tensor, w_EOI: QuantizedMatrix, offsets_E: Tensor) -> Tensor:
     if not is_row_invariant():
         return quantized_matmul(x_NI, w_EOI, offsets_E)
-    floats = ((rows, w_EOI[expert : expert + 1].dequantize(x_NI.dtype)[0]) for expert, rows in _groups(offsets_E))
-    return _each_natively(x_NI, floats, w_EOI.codes.shape[1])
+    out_NO = x_NI.new_zeros(x_NI.shape[0], w_EOI.codes.shape[1])
+    for expert, rows in _groups(offsets_E):
+        w_OI = w_EOI[expert : expert + 1].dequantize(x_NI.dtype)[0]
+        out_NO[rows] = linear.linear(x_NI[rows], w_OI, row_invariant=True)
+    return out_NO
 
 
 def _groups(offsets_E: Tensor) -> list[tuple[int, slice]]:
@@ -86,10 +88,3 @@ def _groups(offsets_E: Tensor) -> list[tuple[int, slice]]:
     ends = offsets_E.numpy()
     starts = np.concatenate([[0], ends[:-1]])
     return [(int(expert), slice(int(starts[expert]), int(ends[expert]))) for expert in np.flatnonzero(ends > starts)]
-
-
-def _each_natively(x_NI: Tensor, groups: Iterable[tuple[slice, Tensor]], outputs: int) -> Tensor:
-    out_NO = x_NI.new_zeros(x_NI.shape[0], outputs)
-    for rows, w_OI in groups:
-        out_NO[rows] = linear.linear(x_NI[rows], w_OI, row_invariant=is_row_invariant())
-    return out_NO

@@ -122,6 +122,10 @@ def _addmm(function: Callable[..., Tensor], bias: Tensor, x: Tensor, other: Tens
     return _linear(function, x, other.t(), bias)
 
 
+def _mixed(function: Callable[..., Tensor], *_: Any, **__: Any) -> Tensor:
+    raise UnsupportedError(f"{function.__name__} cannot be isolated: in which order it adds up is not known")
+
+
 def _elementwise(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``function(x)`` in pieces that are whole vectors and too small for several threads."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point or kwargs.get("inplace"):
@@ -139,6 +143,25 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     **dict.fromkeys(_PRODUCTS, _matmul),
+    **dict.fromkeys(
+        (
+            torch.einsum,
+            torch.tensordot,
+            torch.baddbmm,
+            torch.addbmm,
+            torch.mv,
+            torch.addmv,
+            Tensor.baddbmm,
+            Tensor.addbmm,
+            Tensor.mv,
+            Tensor.addmv,
+            Tensor.addmm,
+            F.bilinear,
+            F.conv1d,
+            F.scaled_dot_product_attention,
+        ),
+        _mixed,
+    ),
     **dict.fromkeys(
         (
             *_POWERS,

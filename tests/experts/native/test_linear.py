@@ -9,7 +9,7 @@ import torch
 from tests.experts.native.problems import ISAS, TOLERANCE, Problem, error, needs_library
 
 from moesaic.experts.native import library
-from moesaic.experts.native.linear import linear, refusal
+from moesaic.experts.native.linear import grouped_linear, linear, refusal
 from moesaic.experts.row_invariance import is_row_invariant, row_invariant
 
 pytestmark = [needs_library, pytest.mark.usefixtures("isa")]
@@ -52,6 +52,29 @@ def test_rows_of_a_linear_layer_do_not_depend_on_each_other(dtype: torch.dtype, 
         for first, rows in ((0, 1), (7, 2), (3, 5), (11, 6), (100, 7), (4, 12), (17, 13), (20, 193)):
             alone = linear(x[first : first + rows], weight, row_invariant=True)
             assert torch.equal(alone, together[first : first + rows]), (inputs, outputs, rows)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["inputs last", "outputs last"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_groups_of_rows(dtype: torch.dtype, swapped: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.tensor([0, 3, 0, 40, 1, 0])
+    offsets = counts.cumsum(0).int()
+    for inputs, outputs in SIZES:
+        weight = torch.randn(6, outputs, inputs, generator=generator).to(dtype)
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if swapped else weight
+        x = torch.randn(47, inputs, generator=generator).to(dtype)  # three rows more than the groups have
+        assert refusal(x, weight) is None
+        for alike in (False, True):
+            got = grouped_linear(x, weight, offsets, row_invariant=alike)
+            assert got.dtype == dtype and not got[44:].any()
+            first = 0
+            for group, count in enumerate(counts.tolist()):
+                rows, one = slice(first, first + count), weight[group]
+                assert torch.equal(got[rows], linear(x[rows], one, row_invariant=alike))
+                assert error(got[rows], x[rows].double() @ one.double().t()) < TOLERANCE[dtype]
+                first += count
+    assert not grouped_linear(x, weight, torch.zeros(6, dtype=torch.int32)).any()
 
 
 @pytest.mark.parametrize("quantized", [None, "int8", "int4"])

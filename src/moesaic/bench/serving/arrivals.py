@@ -43,7 +43,9 @@ def run_stall(folder: Path, tell: Callable[[str], None]) -> Part:
             disturbed = alone.is_disturbed or busy.is_disturbed
             verdicts += [
                 Verdict("stall", work, "longest time between tokens / longest step", 1.0, waited, at_most=True),
-                Verdict("stall", work, "longest time between tokens / median alone", most, multiple, "x", True, disturbed),
+                Verdict(
+                    "stall", work, "longest time between tokens / median alone", most, multiple, "x", True, disturbed
+                ),
             ]
             rows += [_cells(budget, "no", quiet, quiet), _cells(budget, "yes", stalled, quiet)]
             figures[f"multiple at {budget}"] = multiple

@@ -23,7 +23,7 @@ import torch  # before the library: see above
 
 from moesaic.errors import ConfigError, MoesaicError, UnsupportedError, did_you_mean
 
-ABI = 2
+ABI = 3
 _FOLDER = Path(__file__).parent
 BUILT = _FOLDER / f"libmoesaic_experts{'.dylib' if sys.platform == 'darwin' else '.so'}"
 # setup.py leaves one of the two: the library, or the reason why there is none.
@@ -91,16 +91,18 @@ class Gradients(Structure):
 
 
 class Linear(Structure):
-    """``MoesaicLinear``: one call of a linear layer."""
+    """``MoesaicLinear``: one call of linear layers of one shape."""
 
     _fields_ = (
         ("tokens", c_int64),
         ("inputs", c_int64),
         ("outputs", c_int64),
+        ("groups", c_int64),
         ("dtype", c_int32),
         ("threads", c_int32),
         ("x", c_void_p),
         ("x_stride", c_int64),
+        ("offsets", c_void_p),
         ("weight", Matrix),
         ("out", c_void_p),
         ("row_invariant", c_int64),

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // What the caller was built for; changed with every change of a struct or a meaning below.
-#define MOESAIC_ABI 2
+#define MOESAIC_ABI 3
 
 // Number formats. The last two are for weights only: symmetric integers, scaled per output (int8) or per group (int4).
 enum { MOESAIC_F32 = 0, MOESAIC_BF16 = 1, MOESAIC_F16 = 2, MOESAIC_INT8 = 3, MOESAIC_INT4 = 4 };
@@ -79,13 +79,15 @@ typedef struct {
   void* weights;    // [T, K] float32
 } MoesaicGradients;
 
-// A linear layer: out[t] = weight x[t] + bias. Its matrix is one "expert" of MoesaicMatrix.
+// Linear layers of one shape: out[t] = weight[g] x[t] + bias[g], where the rows of group g end before offsets[g]. Rows
+// behind the last group's are left alone.
 typedef struct {
-  int64_t tokens, inputs, outputs;
+  int64_t tokens, inputs, outputs, groups;
   int32_t dtype;  // of x, out and the bias: F32, BF16 or F16; accumulation is in float32
   int32_t threads;
   const void* x;      // [T, in], the last dimension contiguous
   int64_t x_stride;   // elements from token to token
+  const int32_t* offsets;  // [groups]
   MoesaicMatrix weight;
   void* out;          // [T, out] contiguous
   int64_t row_invariant;
