@@ -146,8 +146,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the balancing losses, and in ``loss`` where labels are. Where
-        there are neither gradients nor labels it is None.
+        """Qwen3-MoE's forward; ``aux_loss`` is the sum of the balancing losses, and in ``loss`` where labels are. Under
+        ``torch.inference_mode``, without labels, it is None.
 
         Args:
             input_ids: ``[B, S]`` int64. labels: ``[B, S]``, -100 where there is no loss; shifted inside.
@@ -168,7 +168,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
         )
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         # Finding the layers takes longer than a step of generation should.
-        layers = moe_layers(self) if wanted or labels is not None or torch.is_grad_enabled() else []
+        needed = wanted or labels is not None or not torch.is_inference_mode_enabled()
+        layers = moe_layers(self) if needed else []
         if layers:
             # With the layers spread over devices, theirs may be another than the head's, where the loss is.
             anchor: Any = outputs.logits if outputs.loss is None else outputs.loss

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.experts.native.library import ABI
+
 ROOT = Path(__file__).resolve().parents[3]
 NATIVE = "src/moesaic/experts/native"
 LIBRARY = "libmoesaic_experts.dylib" if sys.platform == "darwin" else "libmoesaic_experts.so"
@@ -127,7 +129,7 @@ def test_the_users_compiler_and_flags(project: Path, build: Build, tmp_path: Pat
 def test_a_c_compiler_links_cpps_library_too(project: Path, build: Build) -> None:
     build("-q", "build_ext", "--inplace", CC="gcc")
     code = f"import ctypes; print(ctypes.CDLL({str(project / NATIVE / LIBRARY)!r}).moesaic_abi())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == f"{ABI}\n"
 
 
 @needs_compiler
