@@ -168,7 +168,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
         )
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         # Finding the layers takes longer than a step of generation should.
-        needed = wanted or labels is not None or not torch.is_inference_mode_enabled()
+        traced = torch.compiler.is_compiling()  # which cannot ask for the mode
+        needed = wanted or labels is not None or traced or not torch.is_inference_mode_enabled()
         layers = moe_layers(self) if needed else []
         if layers:
             # With the layers spread over devices, theirs may be another than the head's, where the loss is.
