@@ -173,7 +173,8 @@ def write_adapter(
     try:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        save_file(flat, making / TENSORS, metadata={"format": "pt", "manifest": _seal(base, kept)})
+        # One entry: safetensors writes several in an order that differs from process to process.
+        save_file(flat, making / TENSORS, metadata={"manifest": _seal(base, kept)})
         (making / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
