@@ -1,0 +1,68 @@
+"""The tensors of an expert in the form in which they are sharded and travel: with the hidden width as one axis.
+
+D model width · F expert hidden width · n experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from moesaic.experts import ExpertWeights
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a whole expert in its canonical shape.
+
+    Attributes:
+        name: of the tensor in :class:`ExpertWeights`: up, down, up_bias, down_bias.
+        shape: canonical: a gate and an up projection that are concatenated (or interleaved) stand on an axis of their
+            own, as in ``(2, F, D)`` for ``up`` ``[E, 2F, D]``.
+        axis: the one that is split over slices: the hidden width; for ``down_bias`` the model width, of which every
+            slice adds a part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+
+    def sliced(self, width: int) -> tuple[int, ...]:
+        """The shape with ``width`` in the place of the split axis."""
+        return (*self.shape[: self.axis], width, *self.shape[self.axis + 1 :])
+
+    def elements(self, width: int | None = None) -> int:
+        """Elements of one expert, or of a slice of it."""
+        return math.prod(self.shape if width is None else self.sliced(width))
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """How the tensors of a layer's experts are laid out, and what they are in the hands of a backend.
+
+    Attributes:
+        template: everything about the experts but their tensors, which are empty.
+        fields: their tensors.
+    """
+
+    template: ExpertWeights
+    fields: Sequence[Field]
+
+    def weights(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+        """Canonical tensors ``[n, ...]`` by field name, of any n experts and any part of the hidden width, for a
+        backend. No copy where they are contiguous."""
+        given = {}
+        for field in self.fields:
+            tensor = tensors[field.name]
+            if tensor.ndim == 4:
+                # The pair of gate and up, which a backend sees as one axis beside the hidden width.
+                pair = field.shape.index(2, min(field.axis, 1), max(field.axis, 1) + 1)
+                first = 1 + min(pair, field.axis)
+                tensor = tensor.flatten(first, first + 1)
+            elif field.name == "up_bias" and tensor.ndim == 3:
+                tensor = tensor.flatten(1)
+            given[field.name] = tensor
+        return replace(self.template, **given)

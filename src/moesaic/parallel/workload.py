@@ -1,0 +1,58 @@
+"""What all ranks know of one step after the counts exchange: enough to derive everything else alike.
+
+W ranks · E experts · B blocks of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moesaic.parallel.layout import ExpertLayout
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of one layer in one step, the same object on every rank.
+
+    Attributes:
+        layout: of the layer's experts.
+        counts_WE: ``[W, E]``, slots of each rank's tokens for each expert.
+        rows_WB: ``[W, B]``, tokens of each rank that want at least one expert of a block.
+        tokens_W: ``[W]``.
+        d_model, top_k: D, K.
+        dtype: of features and weights as they travel.
+        slice_elements: elements of each slice of an expert, biases included; one number where experts are whole.
+        grad: whether a backward pass will follow.
+    """
+
+    layout: ExpertLayout
+    counts_WE: IntArray
+    rows_WB: IntArray
+    tokens_W: IntArray
+    d_model: int
+    top_k: int
+    dtype: torch.dtype
+    slice_elements: tuple[int, ...]
+    grad: bool
+
+    @property
+    def expert_elements(self) -> int:
+        """Elements of one whole expert, biases included."""
+        return sum(self.slice_elements)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's row with its K weights (float32) and K expert ids (int32): on the way to the experts,
+        and, without the ids' use, on the way back in the backward pass. Padded to 8."""
+        return -(-(self.d_model * self.dtype.itemsize + 8 * self.top_k) // 8) * 8
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of one row without them: of the result, and of its gradient."""
+        return self.d_model * self.dtype.itemsize
