@@ -24,11 +24,13 @@ class Field:
             own, as in ``(2, F, D)`` for ``up`` ``[E, 2F, D]``.
         axis: the one that is split over slices: the hidden width; for ``down_bias`` the model width, of which every
             slice adds a part.
+        joined: the first of two adjacent axes that a backend sees as one (the pair of gate and up, and F), or None.
     """
 
     name: str
     shape: tuple[int, ...]
     axis: int
+    joined: int | None = None
 
     def sliced(self, width: int) -> tuple[int, ...]:
         """The shape with ``width`` in the place of the split axis."""
@@ -56,13 +58,6 @@ class ExpertForm:
         backend. No copy where they are contiguous."""
         given = {}
         for field in self.fields:
-            tensor = tensors[field.name]
-            if tensor.ndim == 4:
-                # The pair of gate and up, which a backend sees as one axis beside the hidden width.
-                pair = field.shape.index(2, min(field.axis, 1), max(field.axis, 1) + 1)
-                first = 1 + min(pair, field.axis)
-                tensor = tensor.flatten(first, first + 1)
-            elif field.name == "up_bias" and tensor.ndim == 3:
-                tensor = tensor.flatten(1)
-            given[field.name] = tensor
+            tensor, joined = tensors[field.name], field.joined
+            given[field.name] = tensor if joined is None else tensor.flatten(joined + 1, joined + 2)
         return replace(self.template, **given)
