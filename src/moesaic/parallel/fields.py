@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class ExpertForm:
     def weights(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
         """Canonical tensors ``[n, ...]`` by field name, of any n experts and any part of the hidden width, for a
         backend. No copy where they are contiguous."""
-        given = {}
+        given: dict[str, Any] = {}
         for field in self.fields:
             tensor, joined = tensors[field.name], field.joined
             given[field.name] = tensor if joined is None else tensor.flatten(joined + 1, joined + 2)

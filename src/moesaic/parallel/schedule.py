@@ -65,7 +65,7 @@ class Schedule:
         layout, counts_WE = self.workload.layout, self.workload.counts_WE
         fetched_E = np.zeros(layout.num_experts, dtype=bool)
         fetched_E[list(self.plan.fetched)] = True
-        fetches_WE: BoolArray = fetched_E & (counts_WE >= max(1, self.plan.least))
+        fetches_WE: BoolArray = np.logical_and(fetched_E, counts_WE >= max(1, self.plan.least))
         if layout.slices == 1:
             for rank in range(layout.ranks):  # a rank has its own already
                 fetches_WE[rank, layout.experts_of(rank)] = False

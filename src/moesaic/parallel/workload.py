@@ -47,10 +47,15 @@ class Workload:
         return sum(self.slice_elements)
 
     @property
+    def meta_bytes(self) -> int:
+        """Bytes of a row's K weights and K expert ids: float32 and int32, 64 bits each where features are float64."""
+        return 2 * self.top_k * max(4, self.dtype.itemsize)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one token's row with its K weights (float32) and K expert ids (int32): on the way to the experts,
-        and, without the ids' use, on the way back in the backward pass. Padded to 8."""
-        return -(-(self.d_model * self.dtype.itemsize + 8 * self.top_k) // 8) * 8
+        """Bytes of one token's row with its weights and ids: on the way to the experts, and, with gradients in the
+        places of features and weights, on the way back in the backward pass. A multiple of 8."""
+        return -(-(self.result_bytes + self.meta_bytes) // 8) * 8
 
     @property
     def result_bytes(self) -> int:

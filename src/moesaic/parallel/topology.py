@@ -1,0 +1,106 @@
+"""Who takes part, and who shares a host with whom.
+
+W ranks · H hosts · L ranks on each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from moesaic.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of a mesh as the exchanges see them.
+
+    Attributes:
+        rank, size: this one's place in the flattened mesh, and W.
+        global_ranks: ``[W]``, their ranks in the default process group.
+        hosts: ``[W]``, the number of each rank's host, counted from 0 in the order of the ranks.
+        device: type of the tensors that collectives take: ``"cpu"`` or ``"cuda"``.
+        group: a process group of all ranks, for the exchanges alone.
+        inside, across: groups of the ranks on this host, and of those with this one's place on every host; None where
+            hosts have different numbers of ranks, or there is only one host or one rank on each.
+    """
+
+    rank: int
+    size: int
+    global_ranks: tuple[int, ...]
+    hosts: tuple[int, ...]
+    device: str
+    group: Any = None
+    inside: Any = None
+    across: Any = None
+
+    @property
+    def num_hosts(self) -> int:
+        return max(self.hosts) + 1
+
+    @property
+    def ranks_by_host(self) -> list[list[int]]:
+        """The ranks of each host, in order."""
+        return [[rank for rank in range(self.size) if self.hosts[rank] == host] for host in range(self.num_hosts)]
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether there are several hosts with the same number of ranks, more than one: what two dimensions need."""
+        sizes = {len(ranks) for ranks in self.ranks_by_host}
+        return self.num_hosts > 1 and len(sizes) == 1 and sizes.pop() > 1
+
+    @staticmethod
+    def of(mesh: DeviceMesh, timeout: float | None = None) -> Topology:
+        """Of a mesh's ranks; a collective call, by all ranks of the mesh.
+
+        A mesh of two dimensions is (host, rank on the host). Otherwise torchrun's ``GROUP_RANK`` says who shares a
+        host, and without it the host's name.
+
+        Args:
+            timeout: seconds after which an exchange that does not end is an error; the process group's by default.
+
+        Raises:
+            ConfigError: for a mesh of more than two dimensions, or one that this process is not in.
+        """
+        if mesh.ndim > 2:
+            raise ConfigError(f"the mesh has {mesh.ndim} dimensions: it must have one (rank) or two (host, rank)")
+        if mesh.get_coordinate() is None:
+            raise ConfigError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
+        ranks = tuple(mesh.mesh.flatten().tolist())
+        rank = ranks.index(dist.get_rank())
+        group = _group(ranks, timeout)
+        if mesh.ndim == 2:
+            hosts = tuple(index // mesh.shape[1] for index in range(len(ranks)))
+        else:
+            hosts = _gathered_hosts(len(ranks), group)
+        made = Topology(rank, len(ranks), ranks, hosts, mesh.device_type, group)
+        if not made.is_grid:
+            return made
+        by_host = made.ranks_by_host
+        place = by_host[hosts[rank]].index(rank)
+        inside = _group([ranks[each] for each in by_host[hosts[rank]]], timeout)
+        across = _group([ranks[members[place]] for members in by_host], timeout)
+        return Topology(rank, len(ranks), ranks, hosts, mesh.device_type, group, inside, across)
+
+
+def _group(ranks: Sequence[int], timeout: float | None) -> Any:
+    # One of our own: what others send on theirs at the same time (FSDP, checkpoints) cannot come between.
+    return dist.new_group(
+        list(ranks),
+        timeout=None if timeout is None else timedelta(seconds=timeout),
+        use_local_synchronization=True,
+    )
+
+
+def _gathered_hosts(size: int, group: Any) -> tuple[int, ...]:
+    names: list[Any] = [None] * size
+    dist.all_gather_object(names, os.environ.get("GROUP_RANK") or socket.gethostname(), group=group)
+    first_seen = list(dict.fromkeys(names))
+    return tuple(first_seen.index(name) for name in names)
