@@ -48,6 +48,14 @@ class TrainingError(MoesaicError, RuntimeError):
     """Training cannot go on (a non-finite loss, a full disk); the message names the last good checkpoint."""
 
 
+class Told(MoesaicError):
+    """Another process of the same job says what went wrong; this one only ends, with the same ``exit_code``."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("told by another process of the job")
+        self.exit_code = exit_code
+
+
 class Interrupted(MoesaicError):
     """A signal asked for the end; the step was finished and saved first."""
 

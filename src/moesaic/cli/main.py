@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesaic.errors import MoesaicError, UsageError, did_you_mean
+from moesaic.errors import MoesaicError, Told, UsageError, did_you_mean
 
 # Command -> its line in `moesaic --help`; the module is cli/<command>.py.
 COMMANDS: dict[str, str] = {
@@ -75,7 +75,8 @@ def run(arguments: Sequence[str]) -> int:
         if told is None:
             raise
         message, code = told
-        print(f"moesaic: error: {message}", file=sys.stderr)
+        if not isinstance(error, Told):
+            print(f"moesaic: error: {message}", file=sys.stderr)
         return code
 
 

@@ -1,0 +1,66 @@
+"""What ends a job of several ranks is said once, by one of them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+import signal
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from moesaic.errors import MoesaicError, Told
+from moesaic.train.world import launched
+
+# Rank 0 speaks where it can: so long the others wait for it, and then for whoever speaks to have spoken.
+_FOR_RANK_0 = timedelta(seconds=2)
+_FOR_THE_SPEAKER = timedelta(seconds=5)
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Let the error of one rank through, of rank 0 where it has one, and replace those of the others by :class:`Told`.
+
+    The others' processes end after the speaker's, because a launcher ends all as soon as one has failed.
+    """
+    if launched() == 1:
+        yield
+        return
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are ending; the line must not be cut off
+        if _is_told_by_another():
+            raise Told(_exit_code(error)) from error
+        raise
+
+
+def _is_told_by_another() -> bool:
+    """Whether another rank speaks, which has then ended; else this one does."""
+    try:
+        handlers = importlib.import_module("torch.distributed.rendezvous")
+        store, rank, _ = next(handlers.rendezvous("env://", timeout=_FOR_THE_SPEAKER))
+        if rank:
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait(["moesaic/speaks"], _FOR_RANK_0)
+        if store.add("moesaic/speakers", 1) > 1:
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait(["moesaic/spoken"], _FOR_THE_SPEAKER)
+            return True
+        store.set("moesaic/speaks", os.environ["RANK"])
+        atexit.register(_leave, store)
+    except (RuntimeError, ValueError, OSError):  # the store has gone with its host
+        return False
+    return False
+
+
+def _leave(store: dist.Store) -> None:
+    with contextlib.suppress(RuntimeError):
+        store.set("moesaic/spoken", "")
+
+
+def _exit_code(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, MoesaicError) else 130 if isinstance(error, KeyboardInterrupt) else 1
