@@ -22,6 +22,7 @@ def test_exit_codes() -> None:
         "UnsupportedError": 2,
         "MissingDependencyError": 2,
         "TrainingError": 1,
+        "ParallelError": 1,
         "Interrupted": 130,
     }
 
@@ -35,6 +36,7 @@ def test_exit_codes() -> None:
         ("UnsupportedError", NotImplementedError),
         ("MissingDependencyError", ImportError),
         ("TrainingError", RuntimeError),
+        ("ParallelError", RuntimeError),
     ],
 )
 def test_each_can_be_caught_as_the_builtin_that_it_is(name: str, builtin: type[Exception]) -> None:

@@ -56,6 +56,10 @@ class Told(MoesaicError):
         self.exit_code = exit_code
 
 
+class ParallelError(MoesaicError, RuntimeError):
+    """A collective has failed; the message names the rank that died, hangs or failed, and the collective."""
+
+
 class Interrupted(MoesaicError):
     """A signal asked for the end; the step was finished and saved first."""
 
