@@ -63,7 +63,8 @@ class MoE(nn.Module):
 
         1. the router gives each token K experts and weights;
         2. tokens masked out, and slots beyond an expert's capacity, become null slots, which cost nothing;
-        3. rows grouped by expert go through the chosen backend, and come back weighted and summed.
+        3. rows grouped by expert go through the chosen backend, and come back weighted and summed. After
+           :func:`moesaic.parallelize` all ranks do so together, each for its own tokens.
 
         Args:
             x: ``[..., D]`` floating point.
@@ -77,11 +78,13 @@ class MoE(nn.Module):
         routing = self.router(x_TD, top_k)
         if token_mask is not None:
             routing = routing.without(~self._mask(token_mask, x))
-        self._balance(routing)
-
         factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
-        routing = limit_capacity(routing, factor)
-        y_TD = self.experts(x_TD, self._dispatch(routing, factor))
+        asked, routing = routing, limit_capacity(routing, factor)
+        if self.experts.__dict__.get("parallel") is None:
+            y_TD, counts_E = self.experts(x_TD, self._dispatch(routing, factor)), None
+        else:
+            y_TD, counts_E = self._over_ranks(x_TD, asked, routing)
+        self._balance(asked, counts_E)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         self.last_routing = routing.detach()
@@ -92,6 +95,11 @@ class MoE(nn.Module):
     def last_choice(self) -> Choice | None:
         """Which backend computed the last forward, and why; None before the first one."""
         return self.experts.last_choice
+
+    @property
+    def last_decision(self) -> Any:
+        """How :func:`moesaic.parallelize`'s ranks carried out the last forward; None in one process."""
+        return self.experts.last_decision
 
     def after_step(self) -> None:
         """Let the balancers that work without a loss act, once after each optimizer step."""
@@ -107,11 +115,22 @@ class MoE(nn.Module):
         # Without padding: the capacity that was granted is an expert's, whoever of its adapters' copies uses it.
         return Dispatch.from_slots(slots.reroute(routing.expert_ids), routing.weights, slots.in_use)
 
-    def _balance(self, routing: Routing) -> None:
+    def _over_ranks(self, x_TD: Tensor, asked: Routing, routing: Routing) -> tuple[Tensor, Tensor]:
+        """``[T, D]``, and ``[E]`` slots that the tokens of all ranks asked for, which their exchange knows anyway."""
+        from moesaic.parallel.sharding import forward_sharded  # its imports take a while
+
+        asked_E = asked.counts() if self.config.balancing and routing is not asked else None
+        y_TD = forward_sharded(self.experts, x_TD, routing.expert_ids, routing.weights, asked_E)
+        return y_TD, self.experts.parallel.asked_E
+
+    def _balance(self, asked: Routing, counts_E: Tensor | None) -> None:
         # Before capacity drops slots: a balancer must see what the router asked for, not what was granted.
-        self.aux_loss = balance_loss(routing, self.config.balancing)
-        if self.training and acts_after_step(self.config.balancing):
-            self.slot_counts += routing.counts()
+        balancing = self.config.balancing
+        if counts_E is None and balancing:
+            counts_E = asked.counts()
+        self.aux_loss = balance_loss(asked, balancing, counts_E)
+        if self.training and counts_E is not None and acts_after_step(balancing):
+            self.slot_counts += counts_E
 
     def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.config.d_model:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.dispatch import Dispatch
+from moesaic.errors import UnsupportedError
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.backend import compute_and_tell
 from moesaic.experts.choice import Choice
@@ -27,7 +29,8 @@ class ExpertBank(ExpertStorage):
 
     After a forward ``last_choice`` says which backend computed it, and ``last_counts`` (``[E]`` int64, or of all slots
     in use) how many rows each expert had. ``slots`` is None, or what an :class:`moesaic.adapters.AdapterPool` has put
-    there.
+    there; ``parallel`` is None, or what carries out the forward over ranks after :func:`moesaic.parallelize`, and
+    ``last_decision`` is then how it did the last one.
 
     Args:
         activation: a name of ``moesaic.experts.ACTIVATIONS``.
@@ -36,6 +39,8 @@ class ExpertBank(ExpertStorage):
     last_choice: Choice | None
     last_counts: Tensor | None
     slots: ExpertSlots | None
+    parallel: Any = None
+    last_decision: Any = None
 
     def __init__(
         self, d_model: int, d_ff: int, num_experts: int, activation: str = "swiglu", bias: bool = False
@@ -65,7 +70,13 @@ class ExpertBank(ExpertStorage):
                 nn.init.zeros_(bias)
 
     def weights(self) -> ExpertWeights:
-        """The parameters as a backend takes them; no copy."""
+        """The parameters as a backend takes them; no copy.
+
+        Raises:
+            UnsupportedError: where they are sharded over ranks.
+        """
+        if self.parallel is not None:
+            raise UnsupportedError("the experts are sharded over ranks: no rank has all of them")
         if self.format is None:
             return ExpertWeights(
                 self.up, self.down, self.activation, self.up_bias, self.down_bias, low_rank=low_rank_of(self)

@@ -37,7 +37,8 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
     The module's ``last_choice`` is then the :class:`moesaic.experts.Choice` of this call, ``last_counts`` the rows per
     expert. Where an :class:`moesaic.adapters.AdapterPool` has put ``slots`` there, each token's experts are those of
-    its adapter.
+    its adapter. After :func:`moesaic.parallelize` all ranks call it together, each with its own tokens;
+    ``last_decision`` is then how it was carried out, and ``last_counts`` are the slots of this rank's tokens.
 
     Args:
         top_k_index: ``[T, K]`` integer; ids from the number of experts on are null slots (expert parallelism's
@@ -49,6 +50,10 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     """
     ids_TK = top_k_index.long()
     # Past the modules' own look-up, which takes its time over what is not there.
+    if module.__dict__.get("parallel") is not None:
+        from moesaic.parallel.sharding import forward_sharded  # its imports take a while
+
+        return forward_sharded(module, hidden_states, ids_TK, top_k_weights).to(hidden_states.dtype)
     slots: ExpertSlots | None = module.__dict__.get("slots")
     if slots is None or slots.is_idle:
         weights = weights_of(module)

@@ -41,6 +41,15 @@ class Field:
         """Elements of one expert, or of a slice of it."""
         return math.prod(self.shape if width is None else self.sliced(width))
 
+    def canonical(self, stored: Tensor) -> Tensor:
+        """A view of experts' tensors ``[n, ...]`` as a module stores them, with their whole width."""
+        first = self.joined
+        return stored if first is None else stored.unflatten(first + 1, self.shape[first : first + 2])
+
+    def stored(self, canonical: Tensor) -> Tensor:
+        """The other way round: a view where they are contiguous."""
+        return canonical if self.joined is None else canonical.flatten(self.joined + 1, self.joined + 2)
+
 
 @dataclass(frozen=True)
 class ExpertForm:
@@ -54,11 +63,15 @@ class ExpertForm:
     template: ExpertWeights
     fields: Sequence[Field]
 
+    @property
+    def d_model(self) -> int:
+        (down,) = [field for field in self.fields if field.name == "down"]
+        return down.shape[1 - down.axis]
+
     def weights(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
         """Canonical tensors ``[n, ...]`` by field name, of any n experts and any part of the hidden width, for a
         backend. No copy where they are contiguous."""
         given: dict[str, Any] = {}
         for field in self.fields:
-            tensor, joined = tensors[field.name], field.joined
-            given[field.name] = tensor if joined is None else tensor.flatten(joined + 1, joined + 2)
+            given[field.name] = field.stored(tensors[field.name])
         return replace(self.template, **given)

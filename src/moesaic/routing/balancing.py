@@ -24,8 +24,14 @@ class Balancer:
     """Base: no loss, no update."""
 
     @staticmethod
-    def loss(routing: Routing) -> Tensor | None:
-        """A float32 scalar to be multiplied by the coefficient and added to the training loss; None for none."""
+    def loss(routing: Routing, counts_E: Tensor) -> Tensor | None:
+        """A float32 scalar to be multiplied by the coefficient and added to the training loss; None for none.
+
+        Args:
+            routing: of this process's tokens.
+            counts_E: ``[E]`` int64, slots that each expert was asked for: by the tokens of all ranks, where there are
+                several. The losses of ranks with equally many tokens then average to that of all tokens together.
+        """
         return None
 
     @staticmethod
@@ -51,8 +57,7 @@ class LoadBalancing(Balancer):
     """
 
     @staticmethod
-    def loss(routing: Routing) -> Tensor:
-        counts_E = routing.counts()
+    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
         fraction_E = counts_E / counts_E.sum().clamp(min=1)
         share_TE = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
         return routing.num_experts * (fraction_E * mean_over_routed(share_TE, routing)).sum()
@@ -63,7 +68,7 @@ class ZLoss(Balancer):
     """Mean over the tokens of logsumexp(logits)² (ST-MoE, section 3.3, equation 5): keeps the logits small."""
 
     @staticmethod
-    def loss(routing: Routing) -> Tensor:
+    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
         if routing.logits is None:
             raise ConfigError("the balancer 'z_loss' needs a router that has logits")
         return mean_over_routed(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).squeeze()
@@ -111,11 +116,18 @@ def acts_after_step(balancing: Mapping[str, float]) -> bool:
     return any(BALANCERS.get(name).update is not Balancer.update for name in balancing)
 
 
-def balance_loss(routing: Routing, balancing: Mapping[str, float]) -> Tensor:
-    """Σ coefficient · loss over the named balancers: a float32 scalar, 0 where there is none."""
+def balance_loss(routing: Routing, balancing: Mapping[str, float], counts_E: Tensor | None = None) -> Tensor:
+    """Σ coefficient · loss over the named balancers: a float32 scalar, 0 where there is none.
+
+    Args:
+        counts_E: ``[E]`` int64, slots per expert, of all ranks; the routing's own by default.
+    """
+    if balancing and counts_E is None:
+        counts_E = routing.counts()
     total = routing.scores.new_zeros(())
     for name, coefficient in balancing.items():
-        loss = BALANCERS.get(name).loss(routing)
+        assert counts_E is not None
+        loss = BALANCERS.get(name).loss(routing, counts_E)
         if loss is not None:
             total = total + coefficient * loss
     return total
