@@ -1,0 +1,124 @@
+"""The counts exchange: the one small message by which all ranks come to know the same of a step.
+
+W ranks · E experts · B blocks of experts · T tokens · K slots per token.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesaic.errors import ParallelError
+from moesaic.parallel.layout import ExpertLayout
+from moesaic.parallel.topology import Topology
+from moesaic.parallel.traffic import count
+from moesaic.parallel.workload import IntArray
+
+# What a rank says beside its counts, in this order.
+_WORDS = ("tokens", "grad", "layer", "wish", "state", "timed", "forward", "backward")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What all ranks have told each other.
+
+    Attributes:
+        counts_WE: slots as they will be computed. asked_WE: before capacity dropped any.
+        rows_WB, tokens_W: see :class:`Workload`.
+        grad: whether a backward pass will follow.
+        timed: number of the latest decision that all ranks have timed, or 0.
+        forward_W, backward_W: its seconds on each rank.
+    """
+
+    counts_WE: IntArray
+    asked_WE: IntArray
+    rows_WB: IntArray
+    tokens_W: IntArray
+    grad: bool
+    timed: int
+    forward_W: tuple[float, ...]
+    backward_W: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What this rank has to tell.
+
+    Attributes:
+        counts_E, asked_E, rows_B: int64.
+        layer, wish, state: numbers that must be the same on all ranks: of the layer and its sizes, of what the user
+            wishes for, and of what decisions depend on.
+        timed, forward, backward: a decision and its seconds, 0 where there is none.
+    """
+
+    counts_E: Tensor
+    asked_E: Tensor
+    rows_B: Tensor
+    tokens: int
+    grad: bool
+    layer: int
+    wish: int
+    state: int
+    timed: int
+    forward: float
+    backward: float
+
+
+def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) -> Told:
+    """Exchange messages; a collective call.
+
+    Raises:
+        ParallelError: where the ranks are not at the same layer, wish for different strategies, differ in whether they
+            compute gradients, or have come to different decisions: which ranks, and in what.
+    """
+    nanoseconds = [round(1e9 * seconds) for seconds in (message.forward, message.backward)]
+    words = [message.tokens, int(message.grad), message.layer, message.wish, message.state, message.timed]
+    device = message.counts_E.device
+    own = torch.cat(
+        [message.counts_E, message.asked_E, message.rows_B, torch.tensor(words + nanoseconds, device=device)]
+    )
+    all_W = own.new_empty(topology.size * own.numel())
+    count("counts", (topology.size - 1) * own.nbytes)
+    dist.all_gather_into_tensor(all_W, own, group=topology.group)
+    told = all_W.view(topology.size, -1).cpu().numpy()
+    experts, blocks = layout.num_experts, layout.blocks
+    by_word = dict(zip(_WORDS, told[:, 2 * experts + blocks :].T, strict=True))
+    _check(by_word, topology, name)
+    same = bool((by_word["timed"] == by_word["timed"][0]).all())
+    return Told(
+        counts_WE=told[:, :experts],
+        asked_WE=told[:, experts : 2 * experts],
+        rows_WB=told[:, 2 * experts : 2 * experts + blocks],
+        tokens_W=by_word["tokens"],
+        grad=bool(by_word["grad"][0]),
+        timed=int(by_word["timed"][0]) if same else 0,
+        forward_W=tuple((by_word["forward"] / 1e9).tolist()),
+        backward_W=tuple((by_word["backward"] / 1e9).tolist()),
+    )
+
+
+def number_of(text: str) -> int:
+    """A number that stands for a text in messages."""
+    return zlib.crc32(text.encode())
+
+
+def _check(by_word: dict[str, IntArray], topology: Topology, name: str) -> None:
+    told = {
+        "layer": "are at another layer, or one of other sizes",
+        "grad": "differ in whether they compute gradients (torch.no_grad, requires_grad)",
+        "wish": "wish for another strategy (use_strategy must be called alike everywhere)",
+        "state": "have come to other decisions, which is a defect of moesaic",
+    }
+    for word, reason in told.items():
+        values_W = by_word[word]
+        others = np.flatnonzero(values_W != values_W[0])
+        if len(others):
+            ranks = ", ".join(str(topology.global_ranks[rank]) for rank in others)
+            raise ParallelError(
+                f"the ranks do not agree in {name}: {ranks} {reason} than rank {topology.global_ranks[0]}"
+            )

@@ -1,0 +1,329 @@
+"""One call of one layer on one rank: a plan carried out, forward and backward.
+
+T tokens · D model width · K slots per token · N rows on their way · R rows that have arrived.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from moesaic.dispatch import Dispatch
+from moesaic.experts import Choice, compute_and_tell
+from moesaic.parallel.exchange import EXCHANGES, Pending
+from moesaic.parallel.fetch import GradientReturn, Tensors, WeightGather
+from moesaic.parallel.holding import Holding
+from moesaic.parallel.packing import pack, unpack
+from moesaic.parallel.schedule import Schedule
+from moesaic.parallel.selection import NOBODY, Selection
+from moesaic.parallel.topology import Topology
+from moesaic.parallel.watch import Watch
+
+
+@dataclass
+class _Computed:
+    """One computation of experts and what it hangs on in autograd's inner graph."""
+
+    x: Tensor
+    weights: Tensor
+    tensors: Tensors
+    y: Tensor
+
+    def gradients(self, grad_y: Tensor, with_tensors: bool) -> tuple[Tensor, Tensor, Tensors]:
+        """Of features, routing weights, and (or none) the experts' tensors."""
+        leaves = list(self.tensors.values()) if with_tensors else []
+        grads = torch.autograd.grad(self.y, [self.x, self.weights, *leaves], grad_y)
+        return grads[0], grads[1], dict(zip(self.tensors if with_tensors else (), grads[2:], strict=True))
+
+
+class Call:
+    """The plan of one step on its way through :meth:`forward` and, where ``grad``, :meth:`backward`.
+
+    Args:
+        own: what this rank owns.
+        ids_TK: ``[T, K]`` int64, null slots being E.
+        grad: keep what the backward pass needs.
+        learns: whether any of the experts' tensors requires a gradient.
+        layer: its name, for errors.
+
+    Attributes:
+        choice: the backend that computed last, or None.
+        on_backward: is told the seconds of the backward pass.
+    """
+
+    choice: Choice | None = None
+    on_backward: Callable[[float], None] | None = None
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        topology: Topology,
+        own: Holding,
+        ids_TK: Tensor,
+        *,
+        grad: bool,
+        learns: bool,
+        watch: Watch,
+        layer: str,
+    ) -> None:
+        self._schedule, self._topology, self._own = schedule, topology, own
+        self._grad, self._learns, self._watch, self._layer = grad, learns, watch, layer
+        self._workload = schedule.workload
+        self._selection = Selection(schedule, topology.rank, ids_TK)
+        self._exchange = EXCHANGES.get(schedule.plan.exchange)
+        self._ids_TK = ids_TK
+        self._computed: list[_Computed | None] = []
+        self._fetched: _Computed | None = None
+        self._gather: WeightGather | None = None
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, tensors: Tensors) -> Tensor:
+        """``[T, D]``: for every token the weighted sum of its experts' outputs; a collective call."""
+        selection = self._selection
+        arriving = self._send_tokens(0, x_TD, weights_TK)
+        self._start_gather(tensors)
+
+        def send(chunk: int) -> Pending:
+            return arriving if chunk == 0 else self._send_tokens(chunk, x_TD, weights_TK)
+
+        def compute(chunk: int, rows_RC: Tensor) -> Tensor:
+            x_RD, weights_RK, ids_RK = unpack(self._workload, rows_RC)
+            return self._compute_own(x_RD, weights_RK, ids_RK, tensors)
+
+        returning = self._pipeline("tokens exchange", send, compute, "results")
+        y_TD = self._compute_fetched(x_TD, weights_TK)
+        collected_TD = selection.collect(self._arrived("results exchange", returning))
+        if self._gather is not None:
+            self._gather.free()
+        return collected_TD if y_TD is None else collected_TD + y_TD
+
+    def backward(self, grad_TD: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensors]:
+        """Gradients of the features ``[T, D]``, the routing weights ``[T, K]`` and this rank's own tensors, the last
+        averaged over the ranks; a collective call."""
+        grad_TD = grad_TD.contiguous()
+        arriving = self._send_gradients(0, grad_TD)
+        if self._gather is not None:
+            self._gather.start(tensors)
+        own_grads: Tensors = {}
+        shared_grads: Tensors = {}
+
+        def send(chunk: int) -> Pending:
+            return arriving if chunk == 0 else self._send_gradients(chunk, grad_TD)
+
+        def compute(chunk: int, grad_RD: Tensor) -> Tensor:
+            computed = self._computed[chunk]
+            if computed is None:
+                rows_RK = grad_RD.new_zeros(grad_RD.shape[0], self._workload.top_k)
+                return pack(self._workload, torch.zeros_like(grad_RD), rows_RK)
+            grad_x_RD, grad_weights_RK, grads = computed.gradients(grad_RD, self._learns)
+            _accumulate(shared_grads if self._schedule.members > 1 else own_grads, grads)
+            self._computed[chunk] = None
+            return pack(self._workload, grad_x_RD, grad_weights_RK)
+
+        returning = self._pipeline("gradients exchange", send, compute, "results")
+        fetched = self._differentiate_fetched(grad_TD)
+        if self._learns and not own_grads:
+            own_grads = {name: torch.zeros_like(each) for name, each in tensors.items()}
+        self._return_gradients(own_grads, shared_grads, fetched[2] if fetched else {})
+        rows = [unpack(self._workload, each)[:2] for each in self._arrived("gradients' way back", returning)]
+        grad_x_TD = self._selection.collect([x_ND for x_ND, _ in rows])
+        grad_weights_TK = self._selection.collect([weights_NK for _, weights_NK in rows])
+        if fetched is not None:
+            grad_x_TD, grad_weights_TK = grad_x_TD + fetched[0], grad_weights_TK + fetched[1]
+        for each in own_grads.values():
+            each.div_(self._topology.size)
+        return grad_x_TD, grad_weights_TK, own_grads
+
+    # Tokens
+
+    def _send_tokens(self, chunk: int, x_TD: Tensor, weights_TK: Tensor) -> Pending:
+        tokens_N = self._selection.tokens(chunk)
+        rows_NC = pack(self._workload, x_TD[tokens_N], weights_TK[tokens_N], self._selection.ids(chunk))
+        return self._begin(rows_NC, chunk, "tokens")
+
+    def _send_gradients(self, chunk: int, grad_TD: Tensor) -> Pending:
+        return self._begin(grad_TD[self._selection.tokens(chunk)], chunk, "tokens")
+
+    def _begin(self, rows: Tensor, chunk: int, kind: str) -> Pending:
+        sizes_WW = self._selection.sizes(chunk)
+        return self._exchange.start(self._topology, rows, sizes_WW if kind == "tokens" else sizes_WW.T, kind)
+
+    def _pipeline(
+        self, name: str, send: Callable[[int], Pending], compute: Callable[[int, Tensor], Tensor], back: str
+    ) -> list[Pending]:
+        """While one chunk is computed, the next one arrives and the one before returns (Tutel, section 3.5)."""
+        chunks = self._selection.chunks
+        returning: list[Pending] = []
+        arriving = send(0)
+        for chunk in range(chunks):
+            with self._waiting(name):
+                rows = arriving.wait()
+                if chunk + 1 < chunks:
+                    arriving = send(chunk + 1)
+                    arriving.advance()
+                if returning:
+                    returning[-1].advance()
+            if not chunk:
+                self._finish_gather_before_use()
+            returning.append(self._begin(compute(chunk, rows), chunk, back))
+        return returning
+
+    def _arrived(self, name: str, pending: list[Pending]) -> list[Tensor]:
+        with self._waiting(name):
+            return [each.wait() for each in pending]
+
+    # Experts
+
+    def _compute_own(self, x_RD: Tensor, weights_RK: Tensor, ids_RK: Tensor, tensors: Tensors) -> Tensor:
+        if not x_RD.shape[0]:
+            self._computed.append(None)
+            return x_RD
+        holding, held = self._own, tensors
+        if self._schedule.members > 1:
+            assert self._gather is not None
+            holding, held = self._gather.holdings[-1], self._gather.tensors[-1]
+        return self._compute(holding, held, x_RD, weights_RK, ids_RK, self._computed.append)
+
+    def _compute_fetched(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """The tokens of this rank whose experts' weights have come to it; None where there are none."""
+        if self._gather is None or not self._schedule.fetches_WE[self._topology.rank].any():
+            self._finish_gather()
+            return None
+        self._finish_gather()
+        hot = self._gather.holdings[0]
+        place_of_id = torch.full((self._workload.layout.num_experts + 1,), NOBODY)
+        place_of_id[list(hot.experts)] = torch.arange(len(hot.experts))
+        ids_TK = place_of_id.to(self._ids_TK.device)[self._ids_TK]
+
+        def keep(computed: _Computed) -> None:
+            self._fetched = computed
+
+        return self._compute(hot, self._gather.tensors[0], x_TD, weights_TK, ids_TK, keep)
+
+    def _compute(
+        self,
+        holding: Holding,
+        tensors: Tensors,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        keep: Callable[[_Computed], None],
+    ) -> Tensor:
+        num_experts = len(holding.experts)
+        if not self._grad:
+            y, self.choice = compute_and_tell(
+                x, Dispatch.from_slots(ids, weights, num_experts), holding.weights(tensors)
+            )
+            return y
+        with torch.enable_grad(), saved_tensors_hooks(_detached, _same):
+            x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+            leaves = {name: each.detach().requires_grad_(self._learns) for name, each in tensors.items()}
+            dispatch = Dispatch.from_slots(ids, weights, num_experts)
+            y, self.choice = compute_and_tell(x, dispatch, holding.weights(leaves))
+        keep(_Computed(x, weights, leaves, y))
+        return y.detach()
+
+    def _differentiate_fetched(self, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensors] | None:
+        self._finish_gather()
+        if self._fetched is None:
+            return None
+        computed, self._fetched = self._fetched, None
+        return computed.gradients(grad_TD, self._learns)
+
+    # Weights
+
+    def _start_gather(self, tensors: Tensors) -> None:
+        """Begin to fetch what this rank, or another, computes with beside its own."""
+        schedule, rank = self._schedule, self._topology.rank
+        if not schedule.gather_phases and schedule.members == 1:
+            return
+        layout, form = self._workload.layout, self._own.form
+        hot = Holding(form, layout, schedule.fetches_WE[rank].nonzero()[0].tolist(), range(layout.slices))
+        holdings = [hot]
+        if schedule.members > 1:
+            first = rank % layout.slices // schedule.members * schedule.members
+            holdings.append(Holding(form, layout, layout.experts_of(rank), range(first, first + schedule.members)))
+        self._gather = WeightGather(schedule, self._topology, self._own, tensors, holdings)
+        self._gather.start(tensors)
+
+    def _finish_gather_before_use(self) -> None:
+        """At the first chunk: its experts' other slices must be there; else the weights' second leg may begin."""
+        if self._gather is None:
+            return
+        if self._schedule.members > 1:
+            self._finish_gather()
+        else:
+            with self._waiting("weights gather"):
+                self._gather.advance()
+
+    def _finish_gather(self) -> None:
+        if self._gather is not None:
+            with self._waiting("weights gather"):
+                self._gather.advance()
+                self._gather.wait()
+
+    def _return_gradients(self, own_grads: Tensors, shared_grads: Tensors, hot_grads: Tensors) -> None:
+        if self._gather is None:
+            return
+        if self._learns:
+            grads = [hot_grads, shared_grads]
+            held = [(holding, each) for holding, each in zip(self._gather.holdings, grads, strict=False) if each]
+            back = GradientReturn(self._schedule, self._topology, self._own, own_grads, held)
+            with self._waiting("weight gradients' return"):
+                back.start()
+                back.finish()
+        self._gather.free()
+
+    @contextmanager
+    def _waiting(self, name: str) -> Iterator[None]:
+        with self._watch.collective(name, layer=self._layer):
+            yield
+
+
+class Execute(torch.autograd.Function):
+    """A :class:`Call` as one node of autograd's graph, so that the order of its collectives is the same everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x_TD: Tensor, weights_TK: Tensor, names: tuple[str, ...], *own: Tensor) -> Tensor:
+        ctx.call, ctx.names = call, names
+        # Not saved for backward by autograd: parameters do not change between the passes, and their memory is theirs.
+        ctx.own = [each.detach() for each in own]
+        return call.forward(x_TD.detach(), weights_TK.detach(), dict(zip(names, ctx.own, strict=True)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
+        if ctx.call is None:
+            raise RuntimeError("a parallel layer's backward pass runs once: call forward again instead")
+        call, ctx.call = ctx.call, None
+        start = time.perf_counter()
+        grad_x_TD, grad_weights_TK, grads = call.backward(grad_TD, dict(zip(ctx.names, ctx.own, strict=True)))
+        if call.on_backward is not None:
+            call.on_backward(time.perf_counter() - start)
+        wanted = ctx.needs_input_grad[4:]
+        own = [grads.get(name) if needed else None for name, needed in zip(ctx.names, wanted, strict=True)]
+        return None, grad_x_TD, grad_weights_TK, None, *own
+
+
+def _accumulate(total: Tensors, grads: Tensors) -> None:
+    for name, grad in grads.items():
+        if name in total:
+            total[name].add_(grad)
+        else:
+            total[name] = grad
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    # A hook of our own inside of activation checkpointing: its recomputed forward is another call, which may be planned
+    # otherwise. Detached, because an output that is saved would keep its own graph alive.
+    return tensor.detach()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
