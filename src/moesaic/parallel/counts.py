@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from moesaic.parallel.topology import Topology
 from moesaic.parallel.traffic import count
 from moesaic.parallel.workload import IntArray
 
+# PyTorch has renamed it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # What a rank says beside its counts, in this order.
 _WORDS = ("tokens", "grad", "layer", "wish", "state", "timed", "forward", "backward")
 
@@ -84,7 +87,7 @@ def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) 
     )
     all_W = own.new_empty(topology.size * own.numel())
     count("counts", (topology.size - 1) * own.nbytes)
-    dist.all_gather_into_tensor(all_W, own, group=topology.group)
+    _all_gather(all_W, own, group=topology.group)
     told = all_W.view(topology.size, -1).cpu().numpy()
     experts, blocks = layout.num_experts, layout.blocks
     by_word = dict(zip(_WORDS, told[:, 2 * experts + blocks :].T, strict=True))

@@ -29,7 +29,6 @@ from moesaic.parallel.topology import Topology
 from moesaic.parallel.watch import Watch
 from moesaic.parallel.workload import Workload
 
-
 # Timings that wait to be told: calls whose backward pass never runs must not pile up.
 _KEPT = 64
 
