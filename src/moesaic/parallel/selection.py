@@ -82,26 +82,27 @@ class Selection:
         return torch.argsort(tokens_N, stable=True), counts_T.cumsum(0) - counts_T
 
     def _rows(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Token and block of every row of every chunk."""
+        """Token and block of every row of every chunk; -1 for a row that fills up."""
         layout, rank = self.schedule.workload.layout, self.rank
         wanted_TB = blocks_wanted(self.ids_TK, self._block_of_id, layout.blocks)
-        tokens_of_block = [wanted_TB[:, block].nonzero().squeeze(1) for block in range(layout.blocks)]
         planned_B = self.schedule.block_rows_WB[rank]
-        for block, tokens in enumerate(tokens_of_block):
+        tokens_of_block, labels_of_block = [], []
+        for block in range(layout.blocks):
+            tokens = wanted_TB[:, block].nonzero().squeeze(1)
             # Rows for nobody fill up to what the others expect, see Schedule.block_rows_WB.
             missing = int(planned_B[block]) - len(tokens)
-            if missing:
-                tokens_of_block[block] = functional.pad(tokens, (0, missing))
-        chosen = np.flatnonzero(self.schedule.rows_WW[rank]).tolist()
+            tokens_of_block.append(functional.pad(tokens, (0, missing)))
+            labels_of_block.append(functional.pad(torch.full_like(tokens, block), (0, missing), value=-1))
+        receiving = [receiver // layout.slices for receiver in np.flatnonzero(self.schedule.rows_WW[rank]).tolist()]
+        none = self.ids_TK.new_empty(0)
         tokens_of_chunk, blocks_of_chunk = [], []
         for index in range(self.chunks):
-            parts, blocks = [], []
-            for receiver in chosen:
-                block = receiver // layout.slices
+            parts, labels = [none], [none]
+            for block in receiving:
                 size = int(planned_B[block])
-                part = tokens_of_block[block][size * index // self.chunks : size * (index + 1) // self.chunks]
-                parts.append(part)
-                blocks.append(torch.full_like(part, block))
-            tokens_of_chunk.append(torch.cat(parts) if parts else self.ids_TK.new_empty(0))
-            blocks_of_chunk.append(torch.cat(blocks) if blocks else self.ids_TK.new_empty(0))
+                part = slice(size * index // self.chunks, size * (index + 1) // self.chunks)
+                parts.append(tokens_of_block[block][part])
+                labels.append(labels_of_block[block][part])
+            tokens_of_chunk.append(torch.cat(parts))
+            blocks_of_chunk.append(torch.cat(labels))
         return tokens_of_chunk, blocks_of_chunk
