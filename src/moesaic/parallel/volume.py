@@ -1,0 +1,260 @@
+"""How much a plan moves and computes, rank by rank: the sums over :class:`Schedule`, without its large matrices.
+
+W ranks · E experts · B blocks · H hosts · L ranks on each of them · C classes of links (inside a host, between hosts).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moesaic.parallel.plan import Plan
+from moesaic.parallel.schedule import BoolArray, Schedule
+from moesaic.parallel.workload import IntArray, Workload
+
+FloatArray = npt.NDArray[np.float64]
+# Experts whose receivers are looked at together: it bounds the memory that thousands of ranks take.
+_TOGETHER = 1024
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which rank is on which host, in the forms that sums need.
+
+    Attributes:
+        host_W: each rank's host.
+        hosts: their number.
+        spans: for each host the slice of ranks, or None where a host's ranks do not stand together.
+        peers_CW: other ranks on the same host, and on other hosts.
+    """
+
+    host_W: IntArray
+    hosts: int
+    spans: tuple[slice, ...] | None
+    peers_CW: IntArray
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def of(hosts: tuple[int, ...]) -> Places:
+        """Of each rank's host, see :class:`Topology`."""
+        host_W = np.array(hosts, dtype=np.int64)
+        sizes_H = np.bincount(host_W)
+        ends_H = np.cumsum(sizes_H)
+        spans = None
+        if (np.diff(host_W) >= 0).all():
+            spans = tuple(slice(int(end - size), int(end)) for end, size in zip(ends_H, sizes_H, strict=True))
+        inside_W = sizes_H[host_W] - 1
+        return Places(host_W, len(sizes_H), spans, np.stack([inside_W, len(host_W) - 1 - inside_W]))
+
+    def by_host(self, values_W: npt.NDArray[np.generic]) -> FloatArray:
+        """``[H]``: sums over each host's ranks."""
+        return np.bincount(self.host_W, weights=values_W, minlength=self.hosts).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One exchange: what each rank sends and receives over each class of links, in rows or elements.
+
+    Attributes:
+        out_CW, in_CW: ``[2, W]``, inside a host and between hosts.
+        messages_C: the most messages that a rank sends, whatever their size.
+        passed_W: what a rank copies on the way, because it only passes it on.
+    """
+
+    out_CW: FloatArray
+    in_CW: FloatArray
+    messages_C: tuple[int, int]
+    passed_W: FloatArray | None = None
+
+    def back(self) -> Flow:
+        """The same the other way round."""
+        return Flow(self.in_CW, self.out_CW, self.messages_C, self.passed_W)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What one pass of a plan moves and computes.
+
+    Attributes:
+        tokens, results: legs of the rows' exchange to the experts and of the one back, in rows.
+        weights: phases of the gather, in elements.
+        sent_W, received_W: rows that a rank sends and receives, those for itself included.
+        own_slots_W, own_active_W: slots on own experts, and how many of these have any, at 1/replicas of their width.
+        fetched_slots_W, fetched_active_W: the same on fetched experts, which are whole.
+        replicas, members: see :class:`Plan` and :class:`Schedule`.
+    """
+
+    tokens: tuple[Flow, ...]
+    results: tuple[Flow, ...]
+    weights: tuple[Flow, ...]
+    sent_W: IntArray
+    received_W: IntArray
+    own_slots_W: IntArray
+    own_active_W: IntArray
+    fetched_slots_W: IntArray
+    fetched_active_W: IntArray
+    replicas: int
+    members: int
+
+    @staticmethod
+    def of(plan: Plan, workload: Workload, places: Places) -> Volume:
+        """The volume of a plan for a workload."""
+        schedule = Schedule(plan, workload)
+        rows_WW = _rows(schedule)
+        there = _rows_flow(rows_WW, plan.exchange, places)
+        if plan.exchange == "direct":
+            back = tuple(flow.back() for flow in there)
+        else:
+            back = _rows_flow(rows_WW.T, plan.exchange, places)
+        own_slots_W, own_active_W = _own(schedule)
+        fetched_slots_W = fetched_active_W = np.zeros_like(own_slots_W)
+        if plan.fetched:
+            fetched_slots_W = np.where(schedule.fetches_WE, workload.counts_WE, 0).sum(1)
+            fetched_active_W = schedule.fetches_WE.sum(1)
+        return Volume(
+            there,
+            back,
+            tuple(_weight_flows(schedule, places)),
+            rows_WW.sum(1),
+            rows_WW.sum(0),
+            own_slots_W,
+            own_active_W,
+            fetched_slots_W,
+            fetched_active_W,
+            schedule.replicas,
+            schedule.members,
+        )
+
+
+def _rows(schedule: Schedule) -> IntArray:
+    """``[W, W]``, as ``Schedule.rows_WW``."""
+    if schedule.workload.layout.slices > 1:
+        return schedule.rows_WW
+    return schedule.block_rows_WB if schedule.plan.fetched else schedule.workload.rows_WB
+
+
+def _own(schedule: Schedule) -> tuple[IntArray, IntArray]:
+    """``[W]`` slots on own experts, and own experts with any."""
+    workload = schedule.workload
+    layout = workload.layout
+    if layout.slices > 1:
+        own_WE = schedule.own_slots_WE
+        return own_WE.sum(1), (own_WE > 0).sum(1)
+    sent_E = (schedule.sent_WE if schedule.plan.fetched else workload.counts_WE).sum(0)
+    slots_W = np.bincount(layout.block_of_expert, weights=sent_E, minlength=layout.ranks)
+    active_W = np.bincount(layout.block_of_expert, weights=sent_E > 0, minlength=layout.ranks)
+    return slots_W.astype(np.int64), active_W.astype(np.int64)
+
+
+def _rows_flow(rows_WW: IntArray, exchange: str, places: Places) -> tuple[Flow, ...]:
+    if exchange == "hierarchical":
+        return _hierarchical(rows_WW, places)
+    own_W = np.diagonal(rows_WW)
+    out_W, in_W = rows_WW.sum(1) - own_W, rows_WW.sum(0) - own_W
+    inside_out_W, inside_in_W = _inside(rows_WW, places)
+    inside_out_W, inside_in_W = inside_out_W - own_W, inside_in_W - own_W
+    return (
+        Flow(
+            np.stack([inside_out_W, out_W - inside_out_W]).astype(float),
+            np.stack([inside_in_W, in_W - inside_in_W]).astype(float),
+            (int(places.peers_CW[0].max()), int(places.peers_CW[1].max())),
+        ),
+    )
+
+
+def _inside(rows_WW: IntArray, places: Places) -> tuple[IntArray, IntArray]:
+    """``[W]`` rows sent to, and received from, ranks on the same host."""
+    if places.hosts == 1:
+        return rows_WW.sum(1), rows_WW.sum(0)
+    out_W, in_W = np.zeros(len(rows_WW), dtype=np.int64), np.zeros(len(rows_WW), dtype=np.int64)
+    for ranks in places.spans or [np.flatnonzero(places.host_W == host) for host in range(places.hosts)]:
+        block = rows_WW[ranks, ranks] if isinstance(ranks, slice) else rows_WW[np.ix_(ranks, ranks)]
+        out_W[ranks], in_W[ranks] = block.sum(1), block.sum(0)
+    return out_W, in_W
+
+
+def _hierarchical(rows_WW: IntArray, places: Places) -> tuple[Flow, ...]:
+    """Two legs: between the ranks of each host by place, then between the hosts."""
+    order = np.argsort(places.host_W, kind="stable")
+    if places.spans is None:
+        rows_WW = rows_WW[np.ix_(order, order)]
+    ranks = len(rows_WW)
+    each = ranks // places.hosts
+    rows_HLHL = rows_WW.reshape(places.hosts, each, places.hosts, each)
+    first_HLL, second_HHL = rows_HLHL.sum(2), rows_HLHL.sum(1)
+    kept_HL = np.einsum("hll->hl", first_HLL)
+    stays_HL = np.einsum("hhl->hl", second_HHL)
+    back = np.empty(ranks, dtype=np.int64)
+    back[order] = np.arange(ranks)
+
+    def flow(class_: int, out_HL: IntArray, in_HL: IntArray, messages: tuple[int, int], passed: FloatArray) -> Flow:
+        both = np.zeros((2, 2, ranks))
+        both[0, class_], both[1, class_] = out_HL.reshape(-1)[back], in_HL.reshape(-1)[back]
+        return Flow(both[0], both[1], messages, passed)
+
+    passed_W = first_HLL.sum(1).reshape(-1)[back].astype(float)
+    return (
+        flow(0, first_HLL.sum(2) - kept_HL, first_HLL.sum(1) - kept_HL, (each - 1, 0), passed_W),
+        flow(1, second_HHL.sum(1) - stays_HL, second_HHL.sum(0) - stays_HL, (0, places.hosts - 1), np.zeros(ranks)),
+    )
+
+
+def _needed(schedule: Schedule) -> Iterator[tuple[int, IntArray, BoolArray]]:
+    """(elements, ``[E]`` owners, ``[W, E]`` receivers) of every slice of all experts."""
+    workload = schedule.workload
+    layout, members = workload.layout, schedule.members
+    ranks = np.arange(layout.ranks)
+    for slice_ in range(layout.slices):
+        needs_WE = schedule.fetches_WE
+        owner_E = layout.block_of_expert * layout.slices + slice_
+        if layout.slices > 1:
+            if members > 1:
+                sharing_W = ranks % layout.slices // members == slice_ // members
+                needs_WE = needs_WE | (sharing_W[:, None] & (schedule.own_slots_WE > 0))
+            needs_WE = needs_WE & (ranks[:, None] != owner_E)
+        yield workload.slice_elements[slice_], owner_E, needs_WE
+
+
+def _weight_flows(schedule: Schedule, places: Places) -> list[Flow]:
+    """The phases of the gather, as ``Schedule.gather_phases``."""
+    if not schedule.plan.fetched and schedule.members == 1:
+        return []
+    ranks = schedule.workload.layout.ranks
+    sums = np.zeros((2, 2, 2, ranks))  # [phase, out or in, class, rank]
+    relayed = False
+    for elements, owner_E, needs_WE in _needed(schedule):
+        wanted = np.flatnonzero(needs_WE.any(0))
+        for first in range(0, len(wanted), _TOGETHER):
+            some = wanted[first : first + _TOGETHER]
+            relayed |= _add_parcels(sums, elements, owner_E[some], needs_WE[:, some], schedule.plan.gather, places)
+    messages = (int(places.peers_CW[0].max()), int(places.peers_CW[1].max()))
+    phases = [Flow(sums[phase, 0], sums[phase, 1], messages) for phase in range(1 + relayed)]
+    return [flow for flow in phases if flow.out_CW.any()]
+
+
+def _add_parcels(
+    sums: FloatArray, elements: int, owner_E: IntArray, needs_WE: BoolArray, gather: str, places: Places
+) -> bool:
+    """Add what some experts' owners send; whether anything is passed on."""
+    host_W, receivers_E = places.host_W, needs_WE.sum(0)
+    near_WE = needs_WE & (host_W[:, None] == host_W[owner_E])
+    relays_E = (receivers_E > 1) & (gather == "relay")
+    # Whole numbers: their sums are exact in whatever order they are taken, so the same on every kind of processor.
+    piece_E = np.where(relays_E, -(-elements // receivers_E), elements).astype(float)
+    near_E = near_WE.sum(0)
+    for class_, share_WE, share_E in ((0, near_WE, near_E), (1, needs_WE & ~near_WE, receivers_E - near_E)):
+        sums[0, 0, class_] += np.bincount(owner_E, weights=share_E * piece_E, minlength=sums.shape[-1])
+        sums[0, 1, class_] += share_WE @ piece_E
+    if not relays_E.any():
+        return False
+    needs_WE, piece_E, receivers_E = needs_WE[:, relays_E], piece_E[relays_E], receivers_E[relays_E]
+    beside_HE = np.stack([needs_WE[host_W == host].sum(0) for host in range(places.hosts)])
+    inside_WE = np.where(needs_WE, beside_HE[host_W] - 1, 0)
+    between_WE = np.where(needs_WE, receivers_E - 1 - inside_WE, 0)
+    for class_, others_WE in ((0, inside_WE), (1, between_WE)):
+        sums[1, :, class_] += others_WE @ piece_E  # a relay sends its piece to each other one, and gets theirs
+    return True
