@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.autotune.setting import is_tuning_on
+from moesaic.experts import ExpertWeights
+from moesaic.parallel import compute, links
 from moesaic.parallel.candidates import exchanges, search
 from moesaic.parallel.compute import Compute
 from moesaic.parallel.cost import PlanEstimate, Pricing
 from moesaic.parallel.decisions import Decision, introduce, passed
+from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.links import Links
 from moesaic.parallel.plan import AUTO, Wish
 from moesaic.parallel.signature import StepSignature
@@ -67,6 +70,15 @@ class Chooser:
         self._checksum = 0
         self._note(repr((links, compute, topology.hosts)))
         introduce(self)
+
+    @staticmethod
+    def measured(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topology) -> Chooser:
+        """One for the links and the experts as they measure now; a collective call of some tenths of a second.
+
+        Args:
+            weights: this rank's part of the experts; None where it owns none.
+        """
+        return Chooser(links.measure(topology), compute.measure(weights, layout, topology), topology)
 
     def choose(self, workload: Workload, wish: Wish | None = None) -> Decision:
         """Decide how a step is carried out.

@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Compute:
         copy: seconds a byte of rows or weights that is copied.
         step: seconds of one pass beside everything else: the counts exchange, and choosing.
         chunk: seconds of one chunk of a pass beside everything else.
-        lanes: ranks of one host that compute at full speed at the same time: its cores over the threads of a rank. 0
+        lanes: ranks of one machine that compute at full speed at the same time: its cores over the threads of a rank. 0
             where every rank has a device of its own.
     """
 
@@ -60,12 +61,12 @@ class Compute:
         seconds_W: FloatArray = (slots > 0) * cost.base + share * (active * cost.per_expert + slots * cost.per_row)
         return seconds_W
 
-    def makespan(self, work_W: FloatArray, places: Places) -> float:
-        """Seconds until the last rank has done its work, where ranks of a host share its cores."""
+    def makespan(self, work_W: FloatArray, machines: Places) -> float:
+        """Seconds until the last rank has done its work, where ranks of a machine share its cores."""
         longest = float(work_W.max())
         if not self.lanes:
             return longest
-        return max(longest, float(places.by_host(work_W).max()) / self.lanes)
+        return max(longest, float(machines.by_host(work_W).max()) / self.lanes)
 
 
 def measure(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topology) -> Compute:
@@ -81,7 +82,7 @@ def measure(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topol
     sizes = [0, 0] if weights is None else [weights.num_experts, weights.d_ff]
     told = agreed([cores, *sizes], topology)
     lanes, (experts, width) = float(told[:, 0].min()), told[:, 1:].max(0).astype(int).tolist()
-    crowd = max(1.0, float(np.bincount(topology.hosts).max()) / lanes) if lanes else 1.0
+    crowd = max(1.0, float(np.bincount(topology.machines).max()) / lanes) if lanes else 1.0
     calls = _Calls(weights, experts, topology)
     share = layout.d_ff / max(1, width)
     forward, whole = (calls.cost(grad).times(1 / crowd) for grad in (False, True))
@@ -153,7 +154,7 @@ class _Calls:
 def _call(weights: ExpertWeights, x_ND: Tensor, ids_N1: Tensor, scale_N1: Tensor, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         x_ND = x_ND.detach().requires_grad_(grad)
-        leaves = {name: each.detach().requires_grad_(grad) for name, each in weights.tensors().items()}
+        leaves: dict[str, Any] = {n: each.detach().requires_grad_(grad) for n, each in weights.tensors().items()}
         held = replace(weights, **leaves)
         y_ND, _ = compute_and_tell(x_ND, Dispatch.from_slots(ids_N1, scale_N1, weights.num_experts), held)
         if grad:

@@ -52,6 +52,7 @@ class Pricing:
 
     def __post_init__(self) -> None:
         self.places = Places.of(self.topology.hosts)
+        self.machines = Places.of(self.topology.machines)
 
     def estimate(self, plan: Plan) -> PlanEstimate:
         """The time of a plan.
@@ -81,8 +82,8 @@ class Pricing:
         gathered = self._exchange(volume.weights, item)
         # In the backward pass weights travel again, and their gradients after them, the other way.
         returned = self._exchange(tuple(flow.back() for flow in volume.weights), item) if is_backward else 0.0
-        own, fetched = compute.makespan(own_W, self.places), compute.makespan(fetched_W, self.places)
-        copies = compute.makespan(copies_W, self.places)
+        own, fetched = compute.makespan(own_W, self.machines), compute.makespan(fetched_W, self.machines)
+        copies = compute.makespan(copies_W, self.machines)
         overhead = compute.step + compute.chunk * chunks
         for name, seconds in zip(
             PARTS,
@@ -95,14 +96,14 @@ class Pricing:
         busy_W = busy_W + self._work(volume.weights, item * (1 + is_backward), 1)
         needed_first = volume.members > 1
         seconds = pipelined(chunks, out, own, home, gathered, fetched, returned, needed_first) + copies + overhead
-        return max(seconds, compute.makespan(busy_W, self.places) + overhead if compute.lanes else 0.0)
+        return max(seconds, compute.makespan(busy_W, self.machines) + overhead if compute.lanes else 0.0)
 
     def _exchange(self, flows: Sequence[Flow], unit: float) -> float:
         total = 0.0
         for flow in flows:
             total += self.links.seconds(flow, unit, self.places)
             if flow.passed_W is not None:
-                total += self.compute.makespan(flow.passed_W * (unit * self.compute.copy), self.places)
+                total += self.compute.makespan(flow.passed_W * (unit * self.compute.copy), self.machines)
         return total
 
     def _work(self, flows: Sequence[Flow], unit: float, chunks: int) -> FloatArray:

@@ -129,7 +129,7 @@ class _Measuring:
             return 0.0, (alpha, alpha)
         groups = [(topology.inside, peers_C[0]), (topology.across, self._places.hosts - 1)]
         inside, across = (
-            self._exchange(group, *(np.full(others + 1, _SMALL) for _ in range(2)), _SMALL_TURNS)[0]
+            self._exchange(group, np.full(others + 1, _SMALL), np.full(others + 1, _SMALL), _SMALL_TURNS)[0]
             for group, others in groups
         )
         # Three equations: the whole group's exchange, that of a host's ranks, and that across hosts.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -28,6 +29,8 @@ class Topology:
         hosts: ``[W]``, the number of each rank's host, counted from 0 in the order of the ranks.
         device: type of the tensors that collectives take: ``"cpu"`` or ``"cuda"``.
         group: a process group of all ranks, for the exchanges alone.
+        machines: ``[W]``, the number of the machine whose cores each rank shares with others: several hosts may be
+            containers on one. The hosts by default.
         inside, across: groups of the ranks on this host, and of those with this one's place on every host; None where
             hosts have different numbers of ranks, or there is only one host or one rank on each.
     """
@@ -40,6 +43,11 @@ class Topology:
     group: Any = None
     inside: Any = None
     across: Any = None
+    machines: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.machines:
+            object.__setattr__(self, "machines", self.hosts)
 
     @property
     def num_hosts(self) -> int:
@@ -76,18 +84,17 @@ class Topology:
         ranks = tuple(mesh.mesh.flatten().tolist())
         rank = ranks.index(dist.get_rank())
         group = _group(ranks, timeout)
+        hosts, machines = _gathered(len(ranks), group)
         if mesh.ndim == 2:
             hosts = tuple(index // mesh.shape[1] for index in range(len(ranks)))
-        else:
-            hosts = _gathered_hosts(len(ranks), group)
-        made = Topology(rank, len(ranks), ranks, hosts, mesh.device_type, group)
+        made = Topology(rank, len(ranks), ranks, hosts, mesh.device_type, group, machines=machines)
         if not made.is_grid:
             return made
         by_host = made.ranks_by_host
         place = by_host[hosts[rank]].index(rank)
         inside = _group([ranks[each] for each in by_host[hosts[rank]]], timeout)
         across = _group([ranks[members[place]] for members in by_host], timeout)
-        return Topology(rank, len(ranks), ranks, hosts, mesh.device_type, group, inside, across)
+        return replace(made, inside=inside, across=across)
 
 
 def _group(ranks: Sequence[int], timeout: float | None) -> Any:
@@ -99,8 +106,23 @@ def _group(ranks: Sequence[int], timeout: float | None) -> Any:
     )
 
 
-def _gathered_hosts(size: int, group: Any) -> tuple[int, ...]:
-    names: list[Any] = [None] * size
-    dist.all_gather_object(names, os.environ.get("GROUP_RANK") or socket.gethostname(), group=group)
+def _gathered(size: int, group: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Each rank's host and machine, counted in the order of the ranks."""
+    host = os.environ.get("GROUP_RANK") or socket.gethostname()
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, (host, _machine() or host), group=group)
+    hosts, machines = zip(*told, strict=True)
+    return _numbered(hosts), _numbered(machines)
+
+
+def _numbered(names: Sequence[str]) -> tuple[int, ...]:
     first_seen = list(dict.fromkeys(names))
     return tuple(first_seen.index(name) for name in names)
+
+
+def _machine() -> str | None:
+    """What containers on one machine have in common, where the system tells."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return None
