@@ -47,6 +47,4 @@ def race(steps: Mapping[str, Step], seconds: float, always: tuple[str, ...] = ()
     last = {name: step for name, step in steps.items() if name in always or first[name].median <= _HOPELESS * best}
     round_seconds = sum(first[name].median for name in last)
     more = take_turns(last, max(_LEAST_ROUNDS, min(_MOST_ROUNDS, round(seconds / round_seconds))))
-    return {
-        name: Times((*each.seconds, *more[name].seconds)) if name in more else each for name, each in first.items()
-    }
+    return {name: Times((*each.seconds, *more[name].seconds)) if name in more else each for name, each in first.items()}

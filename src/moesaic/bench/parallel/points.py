@@ -1,0 +1,69 @@
+"""One point of the grid on the ranks: the choice in its steady state against all fixed plans, in turns."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from moesaic.bench.parallel.bench_layer import BenchLayer
+from moesaic.bench.parallel.plans import fixed_plans
+from moesaic.bench.parallel.turns import race
+from moesaic.bench.parallel.work import Work
+from moesaic.parallel.candidates import exchanges
+from moesaic.parallel.cost import Pricing
+from moesaic.parallel.plan import Wish
+
+AUTO = "auto"
+# The choice is in its steady state when it has explored nothing in so many steps.
+_QUIET_STEPS = 3
+_MOST_STEPS = 60
+
+
+@lru_cache(maxsize=1)
+def _layer(num_experts: int, top_k: int, d_model: int, d_ff: int) -> BenchLayer:
+    return BenchLayer(Work(1, num_experts, top_k, d_model, d_ff))
+
+
+def bench_layer(work: Work) -> BenchLayer:
+    """The layer of a work's sizes, on all ranks; kept until one of other sizes is asked for."""
+    layer = _layer(work.num_experts, work.top_k, work.d_model, work.d_ff)
+    layer.set(work)
+    return layer
+
+
+def measure_point(work: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Time every fixed plan and the choice.
+
+    Returns:
+        ``times``: seconds of each contender's steps. ``predicted``: what the cost model says of each fixed plan.
+        ``chosen``: the plan that was last chosen. ``steps``: until the choice was in its steady state. ``error``: see
+        :meth:`BenchLayer.error`.
+    """
+    layer = bench_layer(Work(**work))
+    topology = layer.auto.topology
+    rules = fixed_plans(layer.work.num_experts, topology.size, exchanges(topology, Wish()))
+    steps = _settle(layer)
+    error = layer.error()
+    times = race({AUTO: layer.chosen, **{name: layer.fixed(rule) for name, rule in rules.items()}}, seconds, (AUTO,))
+    pricing = Pricing(layer.told.workload, layer.told.links, layer.told.compute, topology)
+    predicted = {name: pricing.estimate(rule.plan(layer.told.workload)).seconds for name, rule in rules.items()}
+    decision = layer.auto.last_decision
+    return {
+        "work": work,
+        "times": {name: each.seconds for name, each in times.items()},
+        "predicted": predicted,
+        "chosen": "" if decision is None else str(decision.plan),
+        "steps": steps,
+        "error": error,
+    }
+
+
+def _settle(layer: BenchLayer) -> int:
+    quiet = steps = 0
+    while quiet < _QUIET_STEPS and steps < _MOST_STEPS:
+        layer.chosen()
+        decision = layer.auto.last_decision
+        assert decision is not None
+        quiet = 0 if decision.why == "exploring" else quiet + 1
+        steps += 1
+    return steps
