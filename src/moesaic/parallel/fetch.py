@@ -15,7 +15,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from moesaic.parallel.exchange import Leg
 from moesaic.parallel.holding import Holding
-from moesaic.parallel.schedule import Parcel, Schedule
+from moesaic.parallel.parcels import Parcel, Parcels
+from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.topology import Topology
 
 Tensors = dict[str, Tensor]
@@ -98,10 +99,10 @@ class WeightGather:
                 with _unsafe_preserve_version_counter(tuple(held.values())):
                     holding.put(held, *part, vector)
 
-    def _send(self, parcels: Sequence[Parcel], piece_of: Callable[[Parcel], Tensor], like: Tensor) -> Leg:
+    def _send(self, parcels: Parcels, piece_of: Callable[[Parcel], Tensor], like: Tensor) -> Leg:
         return _send(self._topology, parcels, piece_of, like, "weights")
 
-    def _take(self, parcels: Sequence[Parcel], rows: Tensor) -> None:
+    def _take(self, parcels: Parcels, rows: Tensor) -> None:
         for parcel, piece in _arrived(self._topology.rank, parcels, rows):
             self._pieces[parcel.expert, parcel.slice_].append((parcel.first, piece))
 
@@ -124,7 +125,7 @@ class GradientReturn:
     ) -> None:
         self._topology, self._own, self._own_grads = topology, own, own_grads
         # The weights' way backwards: what received sends.
-        self._phases = [[_turned(parcel) for parcel in phase] for phase in reversed(schedule.gather_phases)]
+        self._phases = [phase.turned() for phase in reversed(schedule.gather_phases)]
         self._sums: dict[Part, Tensor] = {}
         self._leg: Leg | None = None
         for holding, grads in held:
@@ -177,31 +178,21 @@ class GradientReturn:
         )
 
 
-def _send(
-    topology: Topology, parcels: Sequence[Parcel], piece_of: Callable[[Parcel], Tensor], like: Tensor, kind: str
-) -> Leg:
+def _send(topology: Topology, parcels: Parcels, piece_of: Callable[[Parcel], Tensor], like: Tensor, kind: str) -> Leg:
     rank = topology.rank
     sends, receives = [0] * topology.size, [0] * topology.size
-    pieces: list[list[Tensor]] = [[] for _ in range(topology.size)]
-    for parcel in parcels:
-        if parcel.sender == rank:
-            sends[parcel.receiver] += parcel.last - parcel.first
-            pieces[parcel.receiver].append(piece_of(parcel))
-        if parcel.receiver == rank:
-            receives[parcel.sender] += parcel.last - parcel.first
-    flat = [piece for to_one in pieces for piece in to_one]
-    return Leg(topology.group, torch.cat(flat) if flat else like.new_empty(0), sends, receives, rank, kind)
+    sent = parcels.sent_by(rank)
+    for parcel in sent:
+        sends[parcel.receiver] += parcel.last - parcel.first
+    for parcel in parcels.received_by(rank):
+        receives[parcel.sender] += parcel.last - parcel.first
+    pieces = [piece_of(parcel) for parcel in sent]
+    return Leg(topology.group, torch.cat(pieces) if pieces else like.new_empty(0), sends, receives, rank, kind)
 
 
-def _arrived(rank: int, parcels: Sequence[Parcel], rows: Tensor) -> list[tuple[Parcel, Tensor]]:
-    # Stable: the parcels of one sender stay in the order in which it packed them.
-    mine = sorted((parcel for parcel in parcels if parcel.receiver == rank), key=lambda parcel: parcel.sender)
-    sizes = [parcel.last - parcel.first for parcel in mine]
-    return list(zip(mine, rows.split(sizes), strict=True)) if mine else []
-
-
-def _turned(parcel: Parcel) -> Parcel:
-    return Parcel(parcel.receiver, parcel.sender, parcel.expert, parcel.slice_, parcel.first, parcel.last)
+def _arrived(rank: int, parcels: Parcels, rows: Tensor) -> list[tuple[Parcel, Tensor]]:
+    mine = parcels.received_by(rank)
+    return list(zip(mine, rows.split([parcel.last - parcel.first for parcel in mine]), strict=True)) if mine else []
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

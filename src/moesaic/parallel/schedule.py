@@ -7,7 +7,6 @@ W ranks · E experts · B blocks · S slices of an expert's hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,23 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moesaic.errors import ConfigError
-from moesaic.parallel.layout import chunk
+from moesaic.parallel.parcels import Parcels, direct, relay
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.workload import IntArray, Workload
 
 BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """Part of one expert's slice on its way: elements ``[first, last)`` of the slice, all its fields in a row."""
-
-    sender: int
-    receiver: int
-    expert: int
-    slice_: int
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -118,64 +105,19 @@ class Schedule:
         """``[W, E]``: slots that a rank computes with fetched weights."""
         return np.where(self.fetches_WE, self.workload.counts_WE, 0)
 
-    def slices_needed(self, rank: int) -> dict[int, range]:
-        """Expert to slices that the rank's block needs for its own rows beside the one that it owns; members > 1."""
-        layout, members = self.workload.layout, self.members
-        if members == 1:
-            return {}
-        first = rank % layout.slices // members * members
-        return {
-            expert: range(first, first + members)
-            for expert in layout.experts_of(rank)
-            if self.own_slots_WE[rank, expert]
-        }
-
-    def needs(self) -> Iterator[tuple[int, int, list[int]]]:
-        """(expert, slice, receivers) of everything that travels, the same order on every rank."""
-        layout = self.workload.layout
-        shared = [self.slices_needed(rank) for rank in range(layout.ranks)]
-        used = self.fetches_WE.any(0)
-        for needed in shared:
-            used[list(needed)] = True
-        for expert in np.flatnonzero(used).tolist():
-            for slice_ in range(layout.slices):
-                owner = layout.rank_at(int(layout.block_of_expert[expert]), slice_)
-                receivers = [
-                    rank
-                    for rank in range(layout.ranks)
-                    if rank != owner and (self.fetches_WE[rank, expert] or slice_ in shared[rank].get(expert, ()))
-                ]
-                if receivers:
-                    yield expert, slice_, receivers
-
     @cached_property
-    def gather_phases(self) -> list[list[Parcel]]:
+    def gather_phases(self) -> list[Parcels]:
         """The exchanges of weights, one after the other; gradients take them the other way round, last phase first."""
-        layout, direct, relayed = self.workload.layout, [], []
-        for expert, slice_, receivers in self.needs():
-            owner = layout.rank_at(int(layout.block_of_expert[expert]), slice_)
-            size = self.workload.slice_elements[slice_]
-            if self.plan.gather == "direct" or len(receivers) == 1:
-                direct += [Parcel(owner, receiver, expert, slice_, 0, size) for receiver in receivers]
-                continue
-            for index, relay in enumerate(receivers):
-                piece = chunk(size, len(receivers), index)
-                direct.append(Parcel(owner, relay, expert, slice_, piece.start, piece.stop))
-                relayed += [
-                    Parcel(relay, receiver, expert, slice_, piece.start, piece.stop)
-                    for receiver in receivers
-                    if receiver != relay
-                ]
-        return [phase for phase in (direct, relayed) if phase]
-
-    @cached_property
-    def weights_WW(self) -> list[IntArray]:
-        """``[from, to]`` elements of weights, a matrix for each phase."""
-        ranks = self.workload.layout.ranks
-        matrices = []
-        for phase in self.gather_phases:
-            elements_WW = np.zeros((ranks, ranks), dtype=np.int64)
-            for parcel in phase:
-                elements_WW[parcel.sender, parcel.receiver] += parcel.last - parcel.first
-            matrices.append(elements_WW)
-        return matrices
+        layout = self.workload.layout
+        if not self.plan.fetched and self.members == 1:
+            return []
+        # Of an expert that a rank fetches, all slices; of its own with rows, those between its replica and the next.
+        needs_ESW = np.repeat(self.fetches_WE.T[:, None, :], layout.slices, axis=1)
+        owner_ES = layout.block_of_expert[:, None] * layout.slices + np.arange(layout.slices)
+        if self.members > 1:
+            replica_S = np.arange(layout.slices) // self.members
+            replica_W = np.arange(layout.ranks) % layout.slices // self.members
+            needs_ESW |= (replica_S[:, None] == replica_W)[None] & (self.own_slots_WE.T > 0)[:, None, :]
+        np.put_along_axis(needs_ESW, owner_ES[:, :, None], False, axis=2)
+        way = direct if self.plan.gather == "direct" else relay
+        return way(needs_ESW, owner_ES, np.array(self.workload.slice_elements))
