@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Write a report of how a model routes text to its experts.",
     "export": "Write a model as a plain Qwen3-MoE checkpoint.",
     "quantize": "Write a model with its experts in 8 or 4 bits.",
+    "place": "Place experts on ranks by the affinity between layers.",
     "batch": "Compute a file of requests offline.",
     "serve": "Serve a model and its adapters by OpenAI's API, with a page.",
     "bench": "Measure expert layers side by side, correctness beside speed.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,14 +32,27 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
         CheckpointError: where ``out`` exists already.
         UsageError: where it cannot be written.
     """
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return Path(out)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """An empty folder to write to, which becomes ``out`` at the end of the block, or goes where that raises.
+
+    Raises:
+        CheckpointError: where ``out`` exists already.
+        UsageError: where it cannot be written.
+    """
     path = check_new(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
             folder = Path(scratch) / path.name
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            folder.mkdir()
+            yield folder
             folder.rename(path)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
         raise UsageError(f"{str(out)!r} cannot be written: {error}") from error
-    return path

@@ -1,0 +1,80 @@
+"""``moesaic place``: experts that follow each other often, on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the folder of a training run.")],
+    trace: Annotated[
+        Path,
+        typer.Option(help="The routing trace of this model: trace.npz of a report of moesaic inspect, or its folder."),
+    ],
+    ranks: Annotated[int, typer.Option(help="How many ranks the experts will be spread over; at most the experts.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write the placed model to; it must not exist yet. Without: only the report."),
+    ] = None,
+    hosts: Annotated[
+        int, typer.Option(help="Hosts with equally many ranks each: experts are placed on hosts first.")
+    ] = 1,
+    seconds: Annotated[float, typer.Option(help="About the most that the solution may take.")] = 60.0,
+    imbalance: Annotated[
+        float, typer.Option(help="The most slots of a rank in a layer, over an even share, where that is possible.")
+    ] = 1.2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: the folder and the report.")] = False,
+) -> None:
+    """Place experts on ranks by the affinity between layers, and say what crosses ranks before and after.
+
+    The placed model computes the same; only the order of its experts is another.
+    """
+    from moesaic.cli.output import print_json, print_table
+    from moesaic.inspect.placement import place_folder
+
+    placed = place_folder(model, trace, ranks, out=out, hosts=hosts, seconds=seconds, max_imbalance=imbalance)
+    report = placed.report
+    if as_json:
+        print_json({"folder": placed.folder, **report})
+        return
+    title = f"held-out text ({report['tokens']['held_out']} tokens), before → after"
+    print_table(
+        title, ["layer", "crossing", *(["between hosts"] if hosts > 1 else []), "rows", "imbalance"], _rows(report)
+    )
+    for program in report["programs"]:
+        print(_told(program))
+    if placed.folder:
+        print(f"wrote the placed model to {placed.folder}")
+    else:
+        print("nothing written: --out FOLDER writes the placed model")
+
+
+def _rows(report: dict[str, Any]) -> list[list[str]]:
+    """A row of the table for each layer, and one for all."""
+    lines = [(str(layer["number"]), layer["before"], layer["after"]) for layer in report["layers"]]
+    shown = ["crossing", *(["host_crossing"] if report["hosts"] > 1 else [])]
+    return [
+        [
+            name,
+            *(_change(before[key], after[key], "{:.1%}") for key in shown),
+            _change(before["rows"], after["rows"], "{:.2f}"),
+            _change(before["imbalance"], after["imbalance"], "{:.2f}"),
+        ]
+        for name, before, after in [*lines, ("all", report["before"], report["after"])]
+    ]
+
+
+def _change(before: float | None, after: float | None, form: str) -> str:
+    return "" if before is None or after is None else f"{form.format(before)} → {form.format(after)}"
+
+
+def _told(program: dict[str, Any]) -> str:
+    """What was found, and what is proved of it, in one line."""
+    found = f"{program['name']}: {program['kept']:.1%} of the transitions stay (text that was optimized on)"
+    if program["is_optimal"]:
+        return f"{found}; HiGHS proves that no placement keeps more"
+    why = "not within the time" if program["exact"] else "too large to be solved exactly"
+    return f"{found}; none keeps more than {program['bound']:.1%} ({why}: a gap of {program['gap']:.1%})"
