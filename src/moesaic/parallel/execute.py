@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from moesaic.dispatch import Dispatch
 from moesaic.experts import Choice, compute_and_tell
-from moesaic.parallel.exchange import EXCHANGES, Pending
+from moesaic.parallel.exchange import EXCHANGES, Nothing, Pending
 from moesaic.parallel.fetch import GradientReturn, Tensors, WeightGather
 from moesaic.parallel.holding import Holding
 from moesaic.parallel.packing import pack, unpack
@@ -152,6 +152,8 @@ class Call:
 
     def _begin(self, rows: Tensor, chunk: int, kind: str) -> Pending:
         sizes_WW = self._selection.sizes(chunk)
+        if sizes_WW.sum() == sizes_WW.trace():
+            return Nothing(rows)
         return self._exchange.start(self._topology, rows, sizes_WW if kind == "tokens" else sizes_WW.T, kind)
 
     def _pipeline(

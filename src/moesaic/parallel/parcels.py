@@ -68,7 +68,7 @@ def direct(needs_ESW: npt.NDArray[np.bool_], owner_ES: IntArray, elements_S: Int
 def relay(needs_ESW: npt.NDArray[np.bool_], owner_ES: IntArray, elements_S: IntArray) -> list[Parcels]:
     """Each owner scatters pieces over the receivers, which pass theirs on to each other: every byte leaves it once."""
     first, second = [], []
-    for expert, slice_ in zip(*needs_ESW.any(2).nonzero(), strict=True):
+    for expert, slice_ in zip(*np.nonzero(needs_ESW.any(2)), strict=True):
         receivers = needs_ESW[expert, slice_].nonzero()[0]
         size, count = int(elements_S[slice_]), len(receivers)
         step = -(-size // count)
