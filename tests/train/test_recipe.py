@@ -184,6 +184,7 @@ def test_a_recorded_recipe_comes_back_equal() -> None:
 
 def test_differences_name_the_keys_and_leave_out_the_harmless_ones() -> None:
     harmless = ["name=other", "eval_every=5", "eval_tokens=6", "save_every=7", "keep=8"]
+    harmless += ["strategy=hybrid", "overlap=2", "exchange=direct", "timeout=9"]
     changed = load_recipe(None, [*harmless, "steps=9", "model.balancing={}"])
     assert {word.split("=")[0] for word in harmless} == {key.split(".")[-1] for key in HARMLESS}
     assert changed.differences(load_recipe()) == [

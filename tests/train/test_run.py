@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic import hardware
 from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted, MoesaicError, TrainingError, UsageError
-from moesaic.train import describe, run
+from moesaic.train import describe, life, run
 from moesaic.train import metrics as metrics_module
 from moesaic.train.checkpoint import NoSpaceError, published
 from moesaic.train.folder import RunFolder
@@ -310,7 +310,7 @@ def test_it_does_not_go_on_with_other_text(corpus: list[str], tmp_path: Path, ou
 def test_another_machine_is_pointed_out(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(recipe, out)
     original = describe.environment
-    monkeypatch.setattr(run, "environment", lambda trainer: {**original(trainer), "cpu": "Another"})
+    monkeypatch.setattr(life, "environment", lambda trainer: {**original(trainer), "cpu": "Another"})
     display = tiny.AtStep()
     train(recipe, out, resume=True, display=display)
     assert any("warning: the numbers will not be those" in line and "Another now" in line for line in display.said)

@@ -34,9 +34,11 @@ def command(
     from moesaic.adapters.finetune import choose, finetune
     from moesaic.cli.output import print_json, print_table
     from moesaic.train.display import ConsoleDisplay
+    from moesaic.train.voice import one_voice
 
-    recipe, folder = choose(words or [], out, resume=resume, sources=data)
-    result = finetune(recipe, folder, resume=resume, overwrite=overwrite, display=ConsoleDisplay())
+    with one_voice():
+        recipe, folder = choose(words or [], out, resume=resume, sources=data)
+        result = finetune(recipe, folder, resume=resume, overwrite=overwrite, display=ConsoleDisplay())
     if as_json:
         print_json(result)
         return

@@ -29,14 +29,21 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a mixture-of-experts language model; SIGINT and SIGTERM finish the step, save, and exit with 130."""
+    """Train a mixture-of-experts language model; SIGINT and SIGTERM finish the step, save, and exit with 130.
+
+    Under torchrun (torchrun --nproc-per-node 4 -m moesaic train) all processes train one model together.
+    """
     from moesaic.cli.output import print_json, print_table
     from moesaic.train.display import ConsoleDisplay
     from moesaic.train.recipe import Recipe
     from moesaic.train.run import choose, train
+    from moesaic.train.voice import is_first, one_voice
 
-    recipe, folder = choose(words or [], out, resume=resume, sources=data, kind=Recipe)
-    result = train(recipe, folder, resume=resume, overwrite=overwrite, display=ConsoleDisplay())
+    with one_voice():
+        recipe, folder = choose(words or [], out, resume=resume, sources=data, kind=Recipe)
+        result = train(recipe, folder, resume=resume, overwrite=overwrite, display=ConsoleDisplay())
+    if not is_first():
+        return
     if as_json:
         print_json(result)
         return

@@ -4,7 +4,8 @@
     <folder>/step-00000200.tmp/   one that is being written, or that a killed run left behind
 
 ``complete.json`` lists every file with its size and checksum. It is written last, everything is synced to the disk, and
-only then the folder gets its name; an older checkpoint is removed only after that.
+only then the folder gets its name; an older checkpoint is removed only after that. Of several ranks each writes its own
+part of the tensors, and the first one does the rest; any number of ranks can load what any other number has written.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from moesaic.errors import CheckpointError, TrainingError
+from moesaic.hf.state import to_checkpoint
+from moesaic.train.world import World, portable
 
 MARKER = "complete.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -81,10 +85,13 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
     return None, []
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> dict[str, Any]:
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], world: World | None = None
+) -> dict[str, Any]:
     """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``.
 
-    Parameters that require no gradient never change, and are not in it.
+    Parameters that require no gradient never change, and are not in it; neither are the optimizer's settings, which the
+    recipe gives.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
     device = next(model.parameters()).device
@@ -93,58 +100,86 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, progress:
         "cpu": torch.get_rng_state().numpy().tobytes(),
         "cuda": torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b"",
     }
-    return {"model": model_state, "optimizer": optimizer_state, "random": random, "progress": dict(progress)}
+    return {
+        "model": model_state,
+        "optimizer": {"state": optimizer_state["state"]},
+        _random_key(world or World()): random,
+        "progress": dict(progress),
+    }
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None
+) -> dict[str, Any]:
     """Load a checkpoint into a model and its optimizer, and set the random streams; returns its ``progress``.
+
+    It may have been written by another number of ranks. Those that had no random stream then go on with their own.
 
     Raises:
         CheckpointError: where it does not fit the model, or cannot be read after all.
     """
-    state = training_state(model, optimizer, checkpoint.about["progress"])
+    world = world or World()
+    state = training_state(model, optimizer, checkpoint.about["progress"], world)
+    key = _random_key(world)
+    if world.rank >= checkpoint.about.get("processes", 1):
+        del state[key]
     try:
-        load(state, checkpoint_id=checkpoint.path)
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED
-        )
+        # What it loads into are the tensors of the model and the optimizer themselves.
+        stored = to_checkpoint(state, model, stored=checkpoint.path)
+        load(stored, checkpoint_id=checkpoint.path, process_group=world.patient)
     except (Exception, CheckpointException) as error:  # torch's is no Exception, but a BaseException
         reason = " ".join(str(_root_cause(error)).split())[:300]
         raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error
-    random = {
-        name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in state["random"].items() if data
-    }
+    if key in stored:
+        _set_random(stored[key], next(model.parameters()).device)
+    return dict(stored["progress"])
+
+
+def _random_key(world: World) -> str:
+    return f"random_{world.rank}" if world.rank else "random"
+
+
+def _set_random(streams: Mapping[str, bytes], device: torch.device) -> None:
+    random = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in streams.items() if data}
     torch.set_rng_state(random["cpu"])
-    device = next(model.parameters()).device
     if "cuda" in random and device.type == "cuda":
         torch.cuda.set_rng_state(random["cuda"], device)
-    return dict(state["progress"])
 
 
 class Checkpoints:
     """The folder of a run's checkpoints, with at most one being written at a time.
+
+    Of several ranks all call the same methods in the same order, and all find out whether a checkpoint was written;
+    but not at the same time: :attr:`failed` is for telling the others, before all call :meth:`wait`.
 
     Args:
         folder: made when the first checkpoint is written.
         keep: how many are kept, at least 1.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, world: World | None = None) -> None:
+        self.folder, self.keep, self.world = folder, keep, world or World()
         self.last_good: Path | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows by now that a checkpoint could not be written, and :meth:`check` would raise."""
+        return self._failure is not None
+
     def begin_after(self, loaded: Checkpoint, damaged: Iterable[Checkpoint]) -> None:
         """Go on from ``loaded``; the ``damaged`` ones, which are newer, are removed: nothing can be read from them."""
-        for checkpoint in damaged:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+        if self.world.is_first:
+            for checkpoint in damaged:
+                shutil.rmtree(checkpoint.path, ignore_errors=True)
         self.last_good = loaded.path
 
     def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
         """Copy ``state`` and write the copy in the background; waits for the one before.
 
         Args:
+            state: as :func:`moesaic.hf.state.to_checkpoint` gives it.
             about: JSON values kept beside the state; ``about["progress"]`` must be the state's.
 
         Raises:
@@ -153,12 +188,12 @@ class Checkpoints:
         self.wait()
         making = self.folder / f"step-{step:08d}.tmp"
         try:
-            shutil.rmtree(making, ignore_errors=True)
-            making.mkdir(parents=True)
+            self.world.first(lambda: _make_anew(making))
             # Returns when the copy is made; from then on training may change the tensors.
-            written = async_save(state, checkpoint_id=making)
+            written = async_save(state, checkpoint_id=making, process_group=self.world.writing)
         except Exception as error:
-            shutil.rmtree(making, ignore_errors=True)
+            if self.world.is_first:
+                shutil.rmtree(making, ignore_errors=True)
             self._failure = (step, error)
             self.check()
         # Not a daemon: a process that ends for another reason still finishes its checkpoint.
@@ -198,25 +233,48 @@ class Checkpoints:
         )
 
     def _publish(self, step: int, making: Path, written: Any, about: dict[str, Any]) -> None:
+        path = self.folder / f"step-{step:08d}"
+        failure: BaseException | None = None
         try:
             written.result()
-            seal(making, about)
-            path = self.folder / f"step-{step:08d}"
-            if path.exists():  # the same step of an earlier life of this run, damaged
-                shutil.rmtree(path)
-            os.rename(making, path)
-            _sync(self.folder)
-            self.last_good = path
-            self._prune(step)
+            if self.world.is_first:
+                seal(making, about)
+                if path.exists():  # the same step of an earlier life of this run, damaged
+                    shutil.rmtree(path)
+                os.rename(making, path)
+                _sync(self.folder)
         except BaseException as error:
-            shutil.rmtree(making, ignore_errors=True)
-            self._failure = (step, error)
+            failure = error
+        if failure := self._of_first(failure):
+            self._failure = (step, failure)
+            if self.world.is_first:
+                shutil.rmtree(making, ignore_errors=True)
+            return
+        self.last_good = path
+        if self.world.is_first:
+            self._prune(step)
+
+    def _of_first(self, failure: BaseException | None) -> BaseException | None:
+        """This rank's failure, or else rank 0's."""
+        if self.world.size == 1:
+            return failure
+        told = [failure and portable(failure)]
+        try:
+            dist.broadcast_object_list(told, src=0, group=self.world.writing)
+        except RuntimeError as error:  # a rank is gone
+            return failure or error
+        return failure or told[0]
 
     def _prune(self, published: int) -> None:
         # What has a higher number is of an earlier life of the run, and must not displace what is known to be good.
         ours = [path for path in _newest_first(self.folder) if _step(path) <= published]
         for path in [*ours[self.keep :], *self.folder.glob("step-*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:

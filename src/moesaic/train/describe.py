@@ -17,13 +17,14 @@ from moesaic.data import TokenData
 from moesaic.data.documents import Skipped
 from moesaic.train.evaluate import DomainResult
 from moesaic.train.loop import Trainer
+from moesaic.train.world import launch
 
 # What makes a resumed run's numbers differ although its recipe is the same.
-_MATTERS = ("torch", "cpu", "capability", "device", "precision", "threads")
+_MATTERS = ("torch", "cpu", "capability", "device", "precision", "threads", "processes")
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
-    """Versions, processor, device, precision and threads: what a number may depend on besides the recipe."""
+    """Versions, processor, device, precision, threads and processes: what a number may depend on besides the recipe."""
     cpu = hardware.cpu()
     device = trainer.device
     return {
@@ -35,11 +36,14 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": trainer.precision,
         "threads": torch.get_num_threads(),
+        "processes": trainer.world.size,
+        "hosts": trainer.world.hosts,
     }
 
 
 def environment_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of two environments differs and makes a resumed run's numbers differ."""
+    then = {"processes": 1, **then}  # runs of earlier versions do not say it
     return [f"{key} ({then.get(key)} then, {now[key]} now)" for key in _MATTERS if then.get(key) != now[key]]
 
 
@@ -62,8 +66,14 @@ def skipped_line(skipped: Sequence[Skipped]) -> str:
 
 
 def life_note(step: int) -> dict[str, Any]:
-    """One process that works on a run: when it began, where from, and by which command."""
-    return {"started": now(), "from_step": step, "command": shlex.join(sys.argv), "process": os.getpid()}
+    """One process, or start of several, that works on a run: when it began, where from, and by which command."""
+    return {
+        "started": now(),
+        "from_step": step,
+        "command": shlex.join(sys.argv),
+        "process": os.getpid(),
+        "launch": launch(),
+    }
 
 
 def plain(results: Mapping[str, DomainResult]) -> dict[str, Any]:

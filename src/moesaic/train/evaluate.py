@@ -24,6 +24,7 @@ from moesaic.hf.load import load_model, model_folder
 from moesaic.train.loss import token_losses
 from moesaic.train.precision import autocast
 from moesaic.train.recipe import DataSettings, TextSettings
+from moesaic.train.world import World
 
 LONGEST = 1024
 """Tokens per window where nothing else is known of a model."""
@@ -75,6 +76,7 @@ def evaluate(
     max_tokens: int | None = None,
     precision: str = "fp32",
     bytes_per_token: Mapping[str, float] | None = None,
+    world: World | None = None,
 ) -> dict[str, DomainResult]:
     """Loss per domain over windows of ``sequence_length`` predicted tokens, without padding; deterministic.
 
@@ -87,6 +89,8 @@ def evaluate(
         max_tokens: predict about so many per domain, in windows spread over it; None for all.
         precision: ``"fp32"`` (as the weights are) or ``"bf16"`` (autocast); the loss is float32 in both.
         bytes_per_token: of each domain, for ``bits_per_byte``.
+        world: the ranks that the model is parallelized over: each takes its share of every batch, and all get the
+            same result.
 
     Raises:
         DataError: where a domain is shorter than one window.
@@ -104,6 +108,7 @@ def evaluate(
     limit = max(1, max_tokens // sequence_length) if max_tokens and sequence_length > 0 else None
     windows = validation_windows(tokens, sequence_length, limit, batch_size=batch_size)
     device = next(model.parameters()).device
+    world = world or World()
     sums: dict[str, float] = dict.fromkeys(tokens, 0.0)
     counts: dict[str, int] = dict.fromkeys(tokens, 0)
     was_training = model.training
@@ -111,14 +116,16 @@ def evaluate(
     try:
         with autocast(device, precision):
             for domain, ids in windows:
-                ids_on_device = ids.to(device)
+                ids_on_device = ids[world.share(len(ids))].to(device)
                 logits = model(input_ids=ids_on_device[:, :-1], use_cache=False).logits
                 losses = token_losses(logits, ids_on_device[:, 1:])
                 sums[domain] += float(losses.double().sum())
                 counts[domain] += losses.numel()
     finally:
         model.train(was_training)
-    return {name: _result(sums[name], counts[name], (bytes_per_token or {}).get(name)) for name in tokens}
+    totals = world.sums([*sums.values(), *counts.values()])
+    found = zip(tokens, totals, totals[len(sums) :], strict=False)
+    return {name: _result(total, int(count), (bytes_per_token or {}).get(name)) for name, total, count in found}
 
 
 def _result(total: float, count: int, bytes_per_token: float | None) -> DomainResult:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,36 @@ _PARTS = (NOTE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "model.t
 
 
 class RunFolder:
-    """The folder of one run; :meth:`check` before long work, then :meth:`open` until :meth:`close`."""
+    """The folder of one run; :meth:`check` before long work, then :meth:`open` until :meth:`close`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        is_ours: False for the ranks that leave the folder to the first one: what they :meth:`write` is kept in
+            :attr:`note` only.
+    """
+
+    def __init__(self, path: Path, is_ours: bool = True) -> None:
+        self.path, self._is_ours = path, is_ours
         self.note: dict[str, Any] = {}
         self._lock: int | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def holds_run_of(self, launch: str | None) -> bool:
+        """Whether the run in the folder was last worked on by this start of ``torchrun``, which has started anew since;
+        see :func:`moesaic.train.world.launch`.
+        """
+        if launch is None or not (self.path / NOTE).is_file():
+            return False
+        lives = self.read().get("lives") or [{}]
+        return bool(lives[-1].get("launch") == launch)
+
+    def wait_until_free(self, seconds: float) -> None:
+        """Until the process that uses the folder has ended, but not longer than that."""
+        end = time.monotonic() + seconds
+        while self._used_by_another() and time.monotonic() < end:
+            time.sleep(0.1)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that a run could not use; writes nothing.
@@ -104,6 +125,8 @@ class RunFolder:
     def write(self, **changes: Any) -> None:
         """Change ``run.json``, which is replaced as a whole; None values too are written."""
         self.note |= changes
+        if not self._is_ours:
+            return
         making = self.path / f"{NOTE}.tmp"
         try:
             with making.open("w", encoding="utf-8") as file:

@@ -7,17 +7,20 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from moesaic.data import Batches, TokenData, prepare
+from moesaic.hf.state import full_state_dict
 from moesaic.train.model import build_model, check, count_parameters
-from moesaic.train.recipe import Recipe, RunRecipe
+from moesaic.train.recipe import ParallelSettings, Recipe, RunRecipe
+from moesaic.train.world import World
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Setting:
     Attributes:
         recorded: what ``run.json`` says, where a run is resumed; else None.
         say: tells a line to whoever watches.
+        world: the ranks that train together.
     """
 
     data: TokenData
@@ -35,6 +39,7 @@ class Setting:
     precision: str
     recorded: Mapping[str, Any] | None
     say: Callable[[str], None]
+    world: World = field(default_factory=World)
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,12 @@ class Job(ABC):
     Attributes:
         result: the part of the run's folder in which :meth:`save` leaves what was made.
         recipe: with absolute paths.
+        parallel: how several ranks work together; None where a job is one process's.
     """
 
     result: str = "model"
     recipe: RunRecipe
+    parallel: ParallelSettings | None = None
 
     @abstractmethod
     def check(self) -> None:
@@ -77,7 +84,7 @@ class Job(ABC):
 
     @abstractmethod
     def build(self, setting: Setting) -> Built:
-        """Make the model, the same each time; raises :class:`UsageError` where that cannot be."""
+        """Make the model, the same each time and on every rank; raises :class:`UsageError` where that cannot be."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -85,7 +92,7 @@ class Job(ABC):
 
     @abstractmethod
     def save(self, folder: Path, results: Mapping[str, Any]) -> None:
-        """Write what was made as ``folder``, which is there as a whole or not at all.
+        """Write what was made as ``folder``, which is there as a whole or not at all; called on all ranks.
 
         Args:
             results: validation before and after, steps, tokens, seconds: JSON values.
@@ -97,6 +104,7 @@ class Training(Job):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe: Recipe = recipe
+        self.parallel = recipe.parallel
 
     def check(self) -> None:
         check(self.recipe)
@@ -112,7 +120,7 @@ class Training(Job):
         )
 
     def build(self, setting: Setting) -> Built:
-        self._tokenizer = setting.data.tokenizer
+        self._tokenizer, self._world = setting.data.tokenizer, setting.world
         self._model = build_model(self.recipe, setting.data.vocab_size, self._tokenizer, setting.device)
         return Built(self._model, *count_parameters(self._model), note={})
 
@@ -120,15 +128,25 @@ class Training(Job):
         """What is trained is what is saved."""
 
     def save(self, folder: Path, results: Mapping[str, Any]) -> None:
-        save_model(self._model, self._tokenizer, folder)
+        weights = full_state_dict(self._model) if self._world.size > 1 else None
+        self._world.first(lambda: save_model(self._model, self._tokenizer, folder, weights))
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights, configuration, generation settings and tokenizer; replaces what is in ``folder``."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Weights, configuration, generation settings and tokenizer; replaces what is in ``folder``.
+
+    Args:
+        weights: those of a model that is spread over ranks.
+    """
     making = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(making, ignore_errors=True)
     logging.disable_progress_bar()  # the display is ours
-    model.save_pretrained(making)
+    model.save_pretrained(making, state_dict=weights)
     tokenizer.save_pretrained(making)
     shutil.rmtree(folder, ignore_errors=True)
     making.rename(folder)

@@ -7,12 +7,12 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from moesaic.data import Batches
@@ -21,9 +21,10 @@ from moesaic.layer import moe_layers, update_balancing
 from moesaic.train.checkpoint import Checkpoint, restore, training_state
 from moesaic.train.loss import token_losses
 from moesaic.train.metrics import RoutingMeter, StepMetrics
-from moesaic.train.optimizer import build_optimizer, learning_rate
+from moesaic.train.optimizer import build_optimizer, clip, learning_rate, local_gradients
 from moesaic.train.precision import autocast
 from moesaic.train.recipe import TrainSettings
+from moesaic.train.world import World
 
 
 class NonFiniteError(TrainingError):
@@ -34,12 +35,18 @@ class Trainer:
     """A model, its optimizer, and how far they are.
 
     The data of a step is a function of its number, and so is the learning rate: :meth:`state` has nothing else to keep.
+    Of several ranks each takes its share of a batch's sequences; what a step tells is of the whole batch, the same on
+    all.
 
     Args:
         model: on ``device``. What is trained are its parameters that require a gradient, in float32. Balancing is for
             routers that learn: where they are frozen, its losses are not added, and nothing else of it acts.
         batches: gives ``[batch_size, S + 1]`` token ids for a step.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        world: the ranks that ``model`` has been parallelized over, at most as many as a part of a batch has sequences.
+
+    Attributes:
+        heard: what the ranks told one another in the last step, see :meth:`train_step`.
     """
 
     def __init__(
@@ -49,7 +56,9 @@ class Trainer:
         settings: TrainSettings,
         device: torch.device,
         precision: str,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World()
         self.model, self.batches, self.settings = model.train(), batches, settings
         self.device, self.precision = device, precision
         self.optimizer = build_optimizer(model, settings)
@@ -58,14 +67,18 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.heard: list[float] = []
         self._meter = RoutingMeter(model)
         if settings.gradient_checkpointing:
             # The first name is transformers' since 5.20 or so, which deprecates the second.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self._forward: Any = torch.compile(model) if settings.compile else model
 
-    def train_step(self) -> StepMetrics:
+    def train_step(self, tell: Sequence[float] = ()) -> StepMetrics:
         """Do the next step.
+
+        Args:
+            tell: numbers that each rank has for the others: :attr:`heard` is then their sums over the ranks.
 
         Raises:
             NonFiniteError: where the loss or the gradient is not finite; names the step and the batch.
@@ -74,18 +87,21 @@ class Trainer:
         rate = learning_rate(self.step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        ids = self.batches.batch(self.step).to(self.device)
-        loss, aux_loss, norm = self._gradients(ids)
-        if not all(map(math.isfinite, (loss, aux_loss, norm))):
+        ids = self.batches.batch(self.step)
+        losses = self._backward(ids)
+        gradients = local_gradients(self.model.parameters())
+        (loss, aux_loss), norm, slots = self._of_all_ranks(losses, get_total_norm(gradients), tell)
+        if not all(map(math.isfinite, (loss, aux_loss, float(norm)))):
             self.optimizer.zero_grad()
-            raise self._not_finite(loss, aux_loss, norm)
+            raise self._not_finite(loss, aux_loss, float(norm))
+        clip(gradients, norm, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self._balances:
             update_balancing(self.model)
         self.step += 1
         self.tokens += ids.shape[0] * (ids.shape[1] - 1)
-        imbalance, worst, dropped = self._meter.read()
+        imbalance, worst, dropped = self._meter.figures(slots)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return StepMetrics(
@@ -93,7 +109,7 @@ class Trainer:
             loss=loss,
             aux_loss=aux_loss,
             learning_rate=rate,
-            grad_norm=norm,
+            grad_norm=float(norm),
             imbalance=imbalance,
             worst_imbalance=worst,
             dropped=dropped,
@@ -113,22 +129,39 @@ class Trainer:
         progress: Mapping[str, Any] = restore(checkpoint, self.model, self.optimizer)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
 
-    def _gradients(self, ids: Tensor) -> tuple[float, float, float]:
-        """(mean cross entropy, balancing losses, norm of the gradient before clipping) of a batch ``[B, S + 1]``."""
+    def _backward(self, ids: Tensor) -> Tensor:
+        """Gradients of a batch ``[B, S + 1]``; returns this rank's part of the mean cross entropy and balancing
+        losses, ``[2]`` float32: the sums over the ranks are the batch's.
+        """
         parts = ids.chunk(self.settings.accumulation)
         losses = torch.zeros(2, device=self.device)
         for part in parts:
-            loss, aux_loss = self._losses(part)
-            ((loss + aux_loss) / len(parts)).backward()
-            losses += torch.stack([loss.detach(), aux_loss.detach()]) / len(parts)
+            mine = part[self.world.share(len(part))]
+            share = len(mine) / len(part)
+            loss, aux_loss = self._losses(mine.to(self.device))
+            # Gradients are averaged over the ranks, whatever each one's share is.
+            ((loss + aux_loss) * (share * self.world.size) / len(parts)).backward()
+            losses += torch.stack([loss.detach(), aux_loss.detach()]) * share / len(parts)
             self._meter.add()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        if self.settings.clip:
-            clip_grads_with_norm_(self.model.parameters(), self.settings.clip, norm)
-        # One transfer from the device instead of three.
-        loss_value, aux_value, norm_value = torch.cat([losses, norm.reshape(1)]).tolist()
-        return loss_value, aux_value, norm_value
+        return losses
+
+    def _of_all_ranks(
+        self, losses: Tensor, norm: Tensor, tell: Sequence[float]
+    ) -> tuple[list[float], Tensor, list[float]]:
+        """Losses, norm of the gradient before clipping, and the meter's numbers, of all ranks together; sets
+        :attr:`heard`.
+
+        One exchange serves it all, and one transfer from the device comes before it.
+        """
+        *losses_and_norm, own_norm = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
+        slots = self._meter.take()
+        if self.world.size == 1:
+            self.heard = list(tell)
+            return losses_and_norm, norm, slots
+        total = self.world.sums([*losses_and_norm, own_norm**2, *slots, *tell])
+        first_told = len(total) - len(tell)
+        self.heard = total[first_told:]
+        return total[:2], torch.tensor(math.sqrt(total[2]), device=self.device), total[3:first_told]
 
     def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy and balancing losses of a part of a batch: two float32 scalars."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,42 @@ class RoutingMeter:
                 self._dropped.append(routing.counts().new_zeros(()) if routing.dropped is None else routing.dropped)
 
     @torch.no_grad()
-    def read(self) -> tuple[float, float, float]:
-        """(imbalance, worst imbalance, dropped share) since the last call; (1, 1, 0) for a model without experts."""
+    def take(self) -> list[float]:
+        """Dropped slots, and rows per layer and expert, since the last call: numbers that ranks may add up."""
         if not self._counts:
-            return 1.0, 1.0, 0.0
-        layers = len(self._layers)
-        counts_LE = torch.stack(self._counts).view(-1, layers, self._counts[0].numel()).sum(0).double()
-        dropped = torch.stack(self._dropped).sum()
-        ratios_L = counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)
-        share = dropped / (dropped + counts_LE.sum()).clamp(min=1)
+            return []
+        counts_LE = torch.stack(self._counts).view(-1, len(self._layers), self._counts[0].numel()).sum(0)
+        taken: list[float] = torch.cat([torch.stack(self._dropped).sum().view(1), counts_LE.flatten()]).tolist()
         self._counts, self._dropped = [], []
-        mean, worst, lost = torch.stack([ratios_L.mean(), ratios_L.max(), share]).tolist()
-        return mean, worst, lost
+        return taken
+
+    def figures(self, taken: Sequence[float]) -> tuple[float, float, float]:
+        """(imbalance, worst imbalance, dropped share) of what :meth:`take` gave; (1, 1, 0) without experts."""
+        if not taken:
+            return 1.0, 1.0, 0.0
+        counts_LE = torch.tensor(taken[1:], dtype=torch.float64).view(len(self._layers), -1)
+        ratios_L = counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)
+        share = taken[0] / max(1.0, taken[0] + float(counts_LE.sum()))
+        return float(ratios_L.mean()), float(ratios_L.max()), share
 
 
-class MetricsLog:
+class NoLog:
+    """Keeps nothing; what every rank but the first gets."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step has been done."""
+
+    def validation(self, step: int, results: Mapping[str, DomainResult]) -> None:
+        """The model has been measured."""
+
+    def flush(self) -> None:
+        """Everything so far to the files; raises :class:`OSError` where the disk is full."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class MetricsLog(NoLog):
     """``metrics.jsonl`` and ``tensorboard/`` in a run's folder.
 
     Args:
@@ -107,7 +128,6 @@ class MetricsLog:
         self.flush()
 
     def flush(self) -> None:
-        """Everything so far to the files; raises :class:`OSError` where the disk is full."""
         self._lines.flush()
         self._board.flush()
 

@@ -119,8 +119,26 @@ class TrainSettings(Section):
         return min(1000, self.steps * 6 // 100) if self.warmup_steps is None else self.warmup_steps
 
 
+class ParallelSettings(Section):
+    """``[parallel]``: how the processes that ``torchrun`` starts work together; nothing where there is one."""
+
+    strategy: Literal["auto", "tokens", "weights", "hybrid"] = Field(
+        "auto", description="What travels between ranks, to the experts or from them; auto chooses at every step."
+    )
+    overlap: int | None = Field(
+        None, ge=1, description="Parts in which a layer's exchange and computation overlap; chosen by default."
+    )
+    exchange: Literal["direct", "hierarchical"] | None = Field(
+        None, description="hierarchical: inside a machine first, then between machines; chosen by default."
+    )
+    timeout: int = Field(300, ge=1, description="Seconds that a rank is waited for before the run ends.")
+
+
 # Keys that do not change a single number of the run: a resumed run may have others than before.
-HARMLESS = frozenset({"name", "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep"})
+HARMLESS = frozenset(
+    {"name", "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep"}
+    | {f"parallel.{key}" for key in ParallelSettings.model_fields}
+)
 NAME = r"^[\w][\w.-]*$"
 
 
@@ -151,7 +169,8 @@ class RunRecipe(Section):
         """Name to class of each section, as they stand in a file."""
         kinds = {name: field.annotation for name, field in cls.model_fields.items()}
         found = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
-        return {name: found[name] for name in sorted(found, key=lambda name: (name in ("data", "train"), name))}
+        last = {"data": 1, "train": 2, "parallel": 3}
+        return {name: found[name] for name in sorted(found, key=lambda name: (last.get(name, 0), name))}
 
     @classmethod
     def known_keys(cls) -> dict[str, FieldInfo]:
@@ -190,3 +209,4 @@ class Recipe(RunRecipe):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()

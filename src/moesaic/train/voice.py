@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,6 +39,11 @@ def one_voice() -> Iterator[None]:
         raise
 
 
+def is_first() -> bool:
+    """Whether this process is the one that shows results: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _is_told_by_another() -> bool:
     """Whether another rank speaks, which has then ended; else this one does."""
     try:
@@ -57,7 +63,7 @@ def _is_told_by_another() -> bool:
     return False
 
 
-def _leave(store: dist.Store) -> None:
+def _leave(store: Any) -> None:
     with contextlib.suppress(RuntimeError):
         store.set("moesaic/spoken", "")
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.errors import ConfigError, MoesaicError, TrainingError
+from moesaic.parallel.watch import Watch
 
 T = TypeVar("T")
 
@@ -34,6 +37,7 @@ class World:
         hosts: on how many machines they run.
         patient, writing: groups on the CPU, for what may take long, and for the thread that writes checkpoints; None
             for one process.
+        watch: over the ranks; None for one process.
     """
 
     rank: int = 0
@@ -41,6 +45,7 @@ class World:
     hosts: int = 1
     patient: dist.ProcessGroup | None = None
     writing: dist.ProcessGroup | None = None
+    watch: Watch | None = None
 
     @property
     def is_first(self) -> bool:
@@ -50,12 +55,19 @@ class World:
         """Which of ``rows`` are this rank's: contiguous, in the order of the ranks, as even as can be."""
         return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
 
+    def guard(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A context around what the ranks do together, such as ``"step 12"``: where one of them is gone, it raises
+        :class:`~moesaic.errors.ParallelError`, which names the rank.
+        """
+        return contextlib.nullcontext() if self.watch is None else self.watch.guard(name)
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value added up over the ranks, in float64; all of them call it."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        with self.guard("adding up over the ranks"):
+            dist.all_reduce(total)
         told: list[float] = total.tolist()
         return told
 
@@ -73,7 +85,8 @@ class World:
                 told[0] = work()
             except Exception as error:
                 failure, told[1] = error, portable(error)
-        dist.broadcast_object_list(told, src=0, group=self.patient)
+        with self.guard("waiting for rank 0"):
+            dist.broadcast_object_list(told, src=0, group=self.patient)
         if told[1] is not None:
             raise failure or told[1]
         result: T = told[0]
@@ -134,6 +147,7 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
         yield World()
         return
     ours = not dist.is_initialized()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ours:
@@ -144,10 +158,13 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
         writing = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         names: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(names, socket.gethostname(), group=patient)
-        yield World(dist.get_rank(), dist.get_world_size(), len(set(names)), patient, writing)
+        with Watch.of(timeout=seconds) as watch:
+            yield World(dist.get_rank(), dist.get_world_size(), len(set(names)), patient, writing, watch)
     finally:
         if ours:
             dist.destroy_process_group()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def portable(error: BaseException) -> Exception:
