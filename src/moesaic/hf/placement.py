@@ -141,6 +141,10 @@ class _Tensor:
     begin: int
     end: int
 
+    def divides(self, parts: int) -> bool:
+        """Whether so many equal parts are whole bytes."""
+        return (self.end - self.begin) % parts == 0
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -164,7 +168,8 @@ class _File:
         try:
             with path.open("rb") as stream:
                 length = stream.read(8)
-                header = length + stream.read(int.from_bytes(length, "little"))
+                size = path.stat().st_size
+                header = length + stream.read(min(size, int.from_bytes(length, "little")))
             file = cls(path, header)
             for name, entry in json.loads(header[8:]).items():
                 if name != "__metadata__":
@@ -174,7 +179,7 @@ class _File:
             raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
         ends = [0, *sorted(tensor.end for tensor in file.tensors.values())]
         begins = sorted(tensor.begin for tensor in file.tensors.values())
-        if ends[:-1] != begins or len(header) + ends[-1] != path.stat().st_size:
+        if ends[:-1] != begins or len(header) + ends[-1] != size:
             raise CheckpointError(f"{str(path)!r} is damaged: its tensors do not fill it")
         return file
 
@@ -200,7 +205,7 @@ class _Checkpoint:
         if (folder / _INDEX).is_file():
             try:
                 index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-                names = sorted(set(map(str, index["weight_map"].values())))
+                names = sorted({Path(name).name for name in index["weight_map"].values()})
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{str(folder / _INDEX)!r} cannot be read: {error}") from error
         elif not (folder / _SINGLE).is_file():
@@ -240,7 +245,7 @@ def _block(checkpoint: _Checkpoint, name: str, number: int) -> MoEBlock:
         raise UnsupportedError(f"{name} has {len(gates)} router matrices with known names; placing needs exactly one")
     num_experts = gates[0].shape[0]
     for rest, tensor in router.items():
-        if num_experts not in (*tensor.shape[:1], math.prod(tensor.shape)):
+        if num_experts not in (*tensor.shape[:1], math.prod(tensor.shape)) or not tensor.divides(num_experts):
             raise UnsupportedError(
                 f"{name}.{rest} is {list(tensor.shape)}: not one row for each of {num_experts} experts"
             )
@@ -248,7 +253,7 @@ def _block(checkpoint: _Checkpoint, name: str, number: int) -> MoEBlock:
     if single and single != set(range(num_experts)):
         raise UnsupportedError(f"{name} has {len(single)} experts by their names, but a router of {num_experts}")
     for rest, tensor in experts.items():
-        if not _ONE_EXPERT.match(rest) and tensor.shape[:1] != (num_experts,):
+        if not _ONE_EXPERT.match(rest) and not (tensor.shape[:1] == (num_experts,) and tensor.divides(num_experts)):
             raise UnsupportedError(
                 f"{name}.experts.{rest} is {list(tensor.shape)}: not an entry for each of {num_experts}"
             )
