@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from moesaic.after_import import after_import
 
 if TYPE_CHECKING:
-    from moesaic import adapters, autotune, experts, hf, routing, serve
+    from moesaic import adapters, autotune, experts, hf, parallel, routing, serve
     from moesaic.config import MoEConfig
     from moesaic.dispatch import Dispatch
     from moesaic.errors import MoesaicError
     from moesaic.experts import ExpertBank, use_backend
     from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, QuantizationConfig, freeze, quantize
+    from moesaic.hf.parallelize import parallelize
     from moesaic.layer import MoE, update_balancing
+    from moesaic.parallel.setting import use_strategy
     from moesaic.routing import Routing
 
 # Where each public name lives; None for a subpackage.
@@ -37,11 +39,14 @@ _HOMES: dict[str, str | None] = {
     "experts": None,
     "freeze": "moesaic.hf",
     "hf": None,
+    "parallel": None,
+    "parallelize": "moesaic.hf.parallelize",
     "quantize": "moesaic.hf",
     "routing": None,
     "serve": None,
     "update_balancing": "moesaic.layer",
     "use_backend": "moesaic.experts",
+    "use_strategy": "moesaic.parallel.setting",
 }
 
 __all__ = [
@@ -59,11 +64,14 @@ __all__ = [
     "experts",
     "freeze",
     "hf",
+    "parallel",
+    "parallelize",
     "quantize",
     "routing",
     "serve",
     "update_balancing",
     "use_backend",
+    "use_strategy",
 ]
 
 

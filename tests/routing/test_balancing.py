@@ -77,7 +77,7 @@ class TestBiasUpdate:
         assert self.update(counts).tolist() == pytest.approx(reference.updated_bias([0.0] * 4, counts, 0.1))
 
     def test_has_no_loss(self) -> None:
-        assert BALANCERS.get("bias_update").loss(even()) is None
+        assert BALANCERS.get("bias_update").loss(even(), even().counts()) is None
         assert balance_loss(even(), {"bias_update": 1.0}).item() == 0.0
 
     def test_needs_a_selection_bias(self) -> None:

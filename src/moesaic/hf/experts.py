@@ -89,9 +89,22 @@ def weights_of(module: nn.Module) -> ExpertWeights:
 def parameter_names(module: nn.Module) -> dict[str, str]:
     """The tensors of the module's :class:`ExpertWeights` by the names of the module's parameters, as in
     ``{"up": "gate_up_proj", "down": "down_proj"}``."""
+    return stored_experts(module)[1]
+
+
+def stored_experts(module: nn.Module) -> tuple[ExpertWeights, dict[str, str], bool]:
+    """Weights, :func:`parameter_names`, and whether the columns of gate and up projection take turns (gpt-oss).
+
+    Raises:
+        UnsupportedError: for a variant that we do not know.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters(recurse=False)}
-    weights = module.weights() if isinstance(module, ExpertBank) else weights_of(module)
-    return {field: names[id(tensor)] for field, tensor in weights.tensors().items()}
+    if isinstance(module, ExpertBank):
+        weights, interleaved = module.weights(), False
+    else:
+        weights = weights_of(module)
+        interleaved = weights.activation.gated and not _flag(module, "is_concatenated")
+    return weights, {field: names[id(tensor)] for field, tensor in weights.tensors().items()}, interleaved
 
 
 def _matrices(module: nn.Module, up: str) -> dict[str, Any]:
