@@ -86,7 +86,7 @@ class ParallelExperts:
         self._timings: deque[_Timing] = deque(maxlen=_KEPT)
         self._watch = Watch.of()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         x_TD: Tensor,
