@@ -9,6 +9,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tests import reference as layer_reference
+from torch import Tensor
 
 from moesaic.parallel.plan import Plan
 
@@ -122,3 +127,44 @@ def owned(geometry: Geometry, sizes: Sequence[int]) -> Mapping[int, set[tuple[in
         for slice_, rank in enumerate(geometry.owners(e)):
             elements[rank] |= {(e, slice_, i) for i in range(sizes[slice_])}
     return elements
+
+
+# ------------------------------------------------------------------------------------------- many ranks, on one, slowly
+
+
+def experts_of_ranks(
+    tensors: Mapping[str, Tensor], activation: str, inputs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> dict[str, Any]:
+    """Outputs and gradients of a layer's experts in float64: each rank's tokens one by one through whole experts.
+
+    Args:
+        tensors: of all experts.
+        inputs: of each rank: features, ids, routing weights, and the gradient of the output.
+
+    Returns:
+        ``output``, and the gradients ``x`` and ``weights``: a tensor for each rank; those of ``tensors``: the mean over
+        the ranks.
+    """
+    parameters = {f"experts.{name}": each.double().requires_grad_() for name, each in tensors.items()}
+    experts = tensors["up"].shape[0]
+    answer: dict[str, Any] = {"output": [], "x": [], "weights": []}
+    for x, ids, weights, upstream in inputs:
+        x, weights = x.double().requires_grad_(), weights.double().requires_grad_()
+        rows = []
+        for token, taken, shares in zip(x, ids.tolist(), weights, strict=True):
+            y = 0 * token
+            for e, share in zip(taken, shares, strict=True):
+                if e < experts:
+                    y = y + share * layer_reference.expert(token, parameters, e, activation)
+            rows.append(y)
+        output = torch.stack(rows) if rows else x * 1
+        if output.requires_grad:
+            (output * upstream.double()).sum().backward()
+        answer["output"].append(output.detach())
+        answer["x"].append(torch.zeros_like(x) if x.grad is None else x.grad)
+        answer["weights"].append(torch.zeros_like(weights) if weights.grad is None else weights.grad)
+    for name in tensors:
+        parameter = parameters[f"experts.{name}"]
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        answer[name] = grad.detach() / len(inputs)
+    return answer

@@ -61,8 +61,11 @@ class Topology:
     @property
     def is_grid(self) -> bool:
         """Whether there are several hosts with the same number of ranks, more than one: what two dimensions need."""
-        sizes = {len(ranks) for ranks in self.ranks_by_host}
-        return self.num_hosts > 1 and len(sizes) == 1 and sizes.pop() > 1
+        by_host = self.ranks_by_host
+        if self.num_hosts == 1 or {len(ranks) for ranks in by_host} != {len(by_host[0])}:
+            return False
+        # Process groups put their ranks in rising order: that must be the order of the hosts.
+        return len(by_host[0]) > 1 and all(list(ranks) == sorted(ranks) for ranks in zip(*by_host, strict=True))
 
     @staticmethod
     def of(mesh: DeviceMesh, timeout: float | None = None) -> Topology:
@@ -75,13 +78,16 @@ class Topology:
             timeout: seconds after which an exchange that does not end is an error; the process group's by default.
 
         Raises:
-            ConfigError: for a mesh of more than two dimensions, or one that this process is not in.
+            ConfigError: for a mesh of more than two dimensions, one whose ranks do not rise, or one that this process is
+                not in.
         """
         if mesh.ndim > 2:
             raise ConfigError(f"the mesh has {mesh.ndim} dimensions: it must have one (rank) or two (host, rank)")
         if mesh.get_coordinate() is None:
             raise ConfigError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
         ranks = tuple(mesh.mesh.flatten().tolist())
+        if list(ranks) != sorted(ranks):  # process groups, those of DTensors too, would sort them
+            raise ConfigError(f"the mesh has the ranks {list(ranks)}: they must rise")
         rank = ranks.index(dist.get_rank())
         group = _group(ranks, timeout)
         hosts, machines = _gathered(len(ranks), group)
