@@ -14,12 +14,14 @@ from pathlib import Path
 
 from moesaic.bench.limits import machine
 from moesaic.bench.report import make_folder
+from moesaic.bench.results import add, read
 from moesaic.bench.serving import PARTS, olmoe_folder
 from moesaic.bench.serving.parts import DEMO
-from moesaic.bench.serving.results import FILE, add, read
 from moesaic.bench.targets import HEADER, Verdict
 from moesaic.cli.output import print_table
 from moesaic.errors import UsageError
+
+FILE = "serving.json"
 
 
 def main() -> int:
@@ -61,7 +63,7 @@ def run(name: str, folder: Path, out: Path) -> list[Verdict]:
     print_table(part.title, part.header, part.rows)
     for line in part.lines:
         print(line)
-    add(name, part, machine(), read(out), out)
+    add(name, part, machine(), read(out / FILE), out / FILE)
     return part.verdicts
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.bench.report import HEADER, cells, markdown, milliseconds, notes, rows_of, title
-from moesaic.bench.serving.results import read, section
+from moesaic.bench.results import read, section
 from moesaic.bench.targets import GROUPS, Verdict
 from moesaic.bench.targets import HEADER as VERDICT_HEADER
 
@@ -113,7 +113,7 @@ def main(folder: Path) -> None:
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
         if document["rows"]:
             shutil.copyfile(folder / "roofline.png", PICTURE)
-    if told := read(folder):
+    if told := read(folder / "serving.json"):
         SERVING_PAGE.write_text(serving_page(SERVING_PAGE.read_text(encoding="utf-8"), told), encoding="utf-8")
 
 

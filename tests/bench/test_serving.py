@@ -10,14 +10,14 @@ import pytest
 
 import moesaic
 from moesaic.bench.limits import machine
+from moesaic.bench.part import Part
+from moesaic.bench.results import add, read, section
 from moesaic.bench.serving import arrivals, decode, mixtures, prefixes, throughput, vllm
 from moesaic.bench.serving.batching import ContinuousBatching
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.http import Server
 from moesaic.bench.serving.load import Job, grouped, mixed, spread
 from moesaic.bench.serving.models import load, load_tokenizer, olmoe_folder, vocab_size, words_tokenizer
-from moesaic.bench.serving.part import Part
-from moesaic.bench.serving.results import add, read, section
 from moesaic.bench.serving.served import Served
 from moesaic.bench.targets import Verdict
 from moesaic.errors import MoesaicError, UsageError
@@ -195,8 +195,8 @@ def test_parts_are_kept_beside_each_other(tmp_path: Path) -> None:
         for name, value in (("one", 1.0), ("two", 3.0))
     }
     for name, part in parts.items():
-        add(name, part, machine(), read(tmp_path), tmp_path)
-    told = read(tmp_path)
+        add(name, part, machine(), read(tmp_path / "serving.json"), tmp_path / "serving.json")
+    told = read(tmp_path / "serving.json")
     assert list(told) == ["one", "two"] and json.dumps(told)
     page = section(told)
     assert page.startswith("1 of 2 targets reached.") and "misses by 50%" in page

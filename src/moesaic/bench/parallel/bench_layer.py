@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, distributed, nn
@@ -63,7 +62,7 @@ class BenchLayer:
     def set(self, work: Work) -> None:
         """The work of the steps that follow."""
         self.work = work
-        self.layer.router = FixedRouter(work, self.rank)
+        self.layer.router = FixedRouter(work, self.rank)  # type: ignore[assignment]
         self.whole.router = self.layer.router
         dice = torch.Generator().manual_seed(self.rank)
         self.x_TD = torch.randn(work.tokens, work.d_model, generator=dice)

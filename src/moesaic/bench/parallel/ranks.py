@@ -52,7 +52,7 @@ class Ranks:
         self.rest = b""
         port = free_port()
         for rank in range(self.setting.ranks):
-            errors = tempfile.TemporaryFile("w+")
+            errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (close() ends it with the process)
             self.errors.append(errors)
             host = rank // self.setting.per_host
             self.processes.append(

@@ -5,8 +5,8 @@ Each of :data:`PARTS` measures one or more rows of the table of targets for serv
 
 from __future__ import annotations
 
+from moesaic.bench.part import Part
 from moesaic.bench.serving.models import olmoe_folder
-from moesaic.bench.serving.part import Part
 from moesaic.bench.serving.parts import PARTS
 
 __all__ = ["PARTS", "Part", "olmoe_folder"]

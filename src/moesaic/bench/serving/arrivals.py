@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from moesaic.bench.part import Part
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.load import mixed
-from moesaic.bench.serving.part import Part, opened
+from moesaic.bench.serving.part import opened
 from moesaic.bench.serving.served import Gaps
 from moesaic.bench.targets import Verdict
 from moesaic.serve.request import EngineSettings

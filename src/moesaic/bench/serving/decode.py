@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from moesaic.bench.part import Part
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.load import mixed
 from moesaic.bench.serving.models import load
-from moesaic.bench.serving.part import Part, opened
+from moesaic.bench.serving.part import opened
 from moesaic.bench.targets import Verdict
 from moesaic.bench.timing import alternate
 from moesaic.hf.freezing import freeze

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesaic.adapters.pool import PoolMemory
+from moesaic.bench.part import Part
 from moesaic.bench.serving.adapters import make_adapters
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.load import mixed, spread
-from moesaic.bench.serving.part import Part, opened
+from moesaic.bench.serving.part import opened
 from moesaic.bench.serving.served import Served
 from moesaic.bench.targets import Verdict
 from moesaic.serve.request import EngineSettings

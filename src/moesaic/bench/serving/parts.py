@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from moesaic.bench.part import Part
 from moesaic.bench.serving.arrivals import run_stall
 from moesaic.bench.serving.decode import run_decode
 from moesaic.bench.serving.mixtures import run_adapters
-from moesaic.bench.serving.part import Part
 from moesaic.bench.serving.prefixes import run_prefixes
 from moesaic.bench.serving.throughput import run_batching, run_demo, run_servers, run_vllm
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from moesaic.bench.part import Part
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.load import grouped
 from moesaic.bench.serving.models import vocab_size
-from moesaic.bench.serving.part import Part, opened
+from moesaic.bench.serving.part import opened
 from moesaic.bench.serving.served import Served
 from moesaic.bench.targets import Verdict
 from moesaic.serve.request import EngineSettings

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moesaic.bench.part import Part
 from moesaic.bench.serving import vllm
 from moesaic.bench.serving.batching import ContinuousBatching
 from moesaic.bench.serving.engine import EngineUnderTest
 from moesaic.bench.serving.http import moesaic_serve, transformers_serve
 from moesaic.bench.serving.load import Job, mixed
 from moesaic.bench.serving.models import vocab_size
-from moesaic.bench.serving.part import Contender, Part, opened
+from moesaic.bench.serving.part import Contender, opened
 from moesaic.bench.serving.served import Served
 from moesaic.bench.targets import Verdict
 from moesaic.serve.request import EngineSettings

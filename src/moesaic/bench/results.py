@@ -8,28 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moesaic.bench.part import Part
 from moesaic.bench.report import markdown, write
-from moesaic.bench.serving.part import Part
 from moesaic.bench.targets import HEADER, Verdict
 
-FILE = "serving.json"
 
-
-def read(folder: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Earlier parts, by name; none where nothing has been measured."""
-    path = folder / FILE
     if not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def add(name: str, part: Part, machine: Mapping[str, object], earlier: dict[str, Any], folder: Path) -> None:
+def add(name: str, part: Part, machine: Mapping[str, object], earlier: dict[str, Any], path: Path) -> None:
     """Write a part beside the earlier ones; each keeps the machine and the time of its own."""
     told = asdict(part) | {"machine": dict(machine)}
     for verdict, each in zip(part.verdicts, told["verdicts"], strict=True):
         each["passed"] = verdict.passed
-    write(earlier | {name: told}, folder / FILE)
+    write(earlier | {name: told}, path)
 
 
 def section(told: Mapping[str, Any]) -> str:
