@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,9 @@ class ParallelExperts:
         self._identity = number_of(f"{name} {layout} {self._slice_elements}")
         self._timings: deque[_Timing] = deque(maxlen=_KEPT)
         self._watch = Watch.of()
+        # Not as a decorator: that would import the compiler, which takes its time, with this file.
+        self._run_eagerly: Any = torch.compiler.disable(self._run)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         x_TD: Tensor,
@@ -107,6 +109,12 @@ class ParallelExperts:
         Raises:
             ParallelError: where ranks do not do the same, or one of them fails.
         """
+        y_TD: Tensor = self._run_eagerly(x_TD, ids_TK, weights_TK, tensors, asked_E)
+        return y_TD
+
+    def _run(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, tensors: dict[str, Tensor], asked_E: Tensor | None
+    ) -> Tensor:
         num_experts = self.layout.num_experts
         ids_TK = ids_TK.clamp(max=num_experts)
         learns = any(each.requires_grad for each in tensors.values())
