@@ -24,6 +24,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 CODE = "def add(x, y):\n    return x + y\n" * 20
+PROSE = "It was a bright cold day in April. " * 20
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """``--data`` options for two small domains in the current folder."""
     (tmp_path / "a.py").write_text(CODE)
-    (tmp_path / "b.txt").write_text("It was a bright cold day in April. " * 20)
+    (tmp_path / "b.txt").write_text(PROSE)
     monkeypatch.chdir(tmp_path)
     return ["--data", "code=a.py", "-d", "prose=b.txt"]
