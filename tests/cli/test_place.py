@@ -17,7 +17,7 @@ from tests.cli.conftest import CODE, PROSE
 from tests.inspect.traces import made_up_trace
 
 from moesaic.cli.main import run
-from moesaic.cli.place import command
+from moesaic.cli.place import _told, command
 from moesaic.hf.load import load_model
 from moesaic.inspect import RoutingTrace, inspect_folder
 from moesaic.inspect.placement import held_out_tokens
@@ -48,24 +48,24 @@ def routing(trace: RoutingTrace, tokens: Any) -> list[LayerRouting]:
     return [LayerRouting(layer.expert_ids[tokens], layer.num_experts) for layer in trace.layers]
 
 
-@pytest.mark.parametrize("name", ["ours", "mixtral"])
+@pytest.mark.parametrize(("name", "objective"), [("ours", "transitions"), ("mixtral", "rows")])
 def test_the_placed_model_has_the_traffic_that_was_told(
-    name: str, models: Path, texts: list[str], traces: Path, capsys: pytest.CaptureFixture[str]
+    name: str, objective: str, models: Path, texts: list[str], traces: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["place", str(models / name), "--trace", f"{name}-report", "--ranks", "2", "--out", "placed", "--json"]
-    assert run(arguments) == 0
+    assert run([*arguments, "--objective", objective]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["folder"] == "placed"
     # Optimized on three quarters, as the function does it.
     trace = RoutingTrace.load(f"{name}-report/trace.npz")
     held_out = held_out_tokens(trace)
     assert told["tokens"] == {"optimized": int((~held_out).sum()), "held_out": int(held_out.sum())}
-    solution = place(routing(trace, ~held_out), 2)
+    solution = place(routing(trace, ~held_out), 2, objective=objective)
     assert [layer["rank_of_expert"] for layer in told["layers"]] == [
         each.tolist() for each in solution.placement.rank_of
     ]
     assert told["programs"][0]["is_optimal"]
-    assert told["programs"][0]["kept"] == solution.stages[0].kept
+    assert told["programs"][0]["value"] == solution.stages[0].value
     before, _ = load_model(models / name, device="cpu")
     after, _ = load_model("placed", device="cpu")
     ids = torch.arange(2, 50)[None]
@@ -91,18 +91,28 @@ def test_tables_for_people(models: Path, traces: Path, capsys: pytest.CaptureFix
     assert run(arguments) == 0
     printed = capsys.readouterr().out
     assert "between hosts" not in printed
-    assert "HiGHS proves that no placement keeps more" in printed
+    assert "HiGHS proves that this is the best" in printed
     assert sorted(path.name for path in traces.iterdir()) == ["a.py", "b.txt", "mixtral-report", "ours-report"]
 
 
-def test_a_gap_is_told(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moesaic.cli.place import _told
-
-    program = {"name": "experts on ranks", "kept": 0.5, "bound": 0.625, "gap": 0.125, "is_optimal": False}
-    assert _told({**program, "exact": False}).endswith(
-        "none keeps more than 62.5% (too large to be solved exactly: a gap of 12.5%)"
+def test_a_gap_is_told() -> None:
+    program = {
+        "name": "experts on ranks",
+        "objective": "transitions",
+        "value": 0.5,
+        "bound": 0.625,
+        "gap": 0.125,
+        "is_optimal": False,
+    }
+    assert _told({**program, "exact": False}) == (
+        "experts on ranks: 50.0% of the transitions stay (of the text optimized on); too large to be solved exactly: "
+        "none is better than 62.5%, a gap of 12.5%"
     )
-    assert "not within the time" in _told({**program, "exact": True})
+    assert "not settled within the time" in _told({**program, "exact": True})
+    by_rows = {**program, "objective": "rows", "value": 2.5, "bound": 2.5, "is_optimal": True, "exact": True}
+    assert _told(by_rows) == (
+        "experts on ranks: 2.50 ranks a token and layer (of the text optimized on); HiGHS proves that this is the best"
+    )
 
 
 def test_held_out_are_documents_else_passages_else_tokens() -> None:
@@ -138,6 +148,7 @@ def other_trace(path: str, *, keep: int = 2, **changes: Any) -> None:
         (["--trace", "ours-report", "--ranks", "5"], "ranks is 5, but MoE layer 0 has 4 experts"),
         (["--trace", "ours-report", "--ranks", "4", "--hosts", "3"], "hosts is 3"),
         (["--trace", "ours-report", "--ranks", "2", "--seconds", "0"], "seconds is 0.0"),
+        (["--trace", "ours-report", "--ranks", "2", "--objective", "row"], "did you mean 'rows'? allowed: rows, tra"),
         (["--trace", "ours-report", "--ranks", "2", "--imbalance", "0.5"], "imbalance is 0.5"),
         (["--trace", "ours-report", "--ranks", "2", "--out", "ours-report"], "'ours-report' exists already"),
         (["--ranks", "2"], "Missing option '--trace'"),

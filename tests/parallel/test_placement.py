@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moesaic.errors import ConfigError, DataError, MissingDependencyError
+from moesaic.parallel import placement_rows
 from moesaic.parallel.placement import LayerRouting, Placement, place, traffic
 from moesaic.parallel.placement_program import Layer, Problem, pair_bound, solve_exactly
 from moesaic.parallel.placement_search import balanced, search
@@ -116,7 +117,7 @@ def test_the_placement_is_the_best_of_all(
     solution = place(routing, ranks, max_imbalance=limit)
     (stage,) = solution.stages
     best = best_by_enumeration(routing, ranks, limit)
-    assert stage.kept == pytest.approx(best, abs=1e-9)
+    assert stage.value == pytest.approx(best, abs=1e-9)
     assert kept_by_counting(routing, solution.placement.rank_of) == pytest.approx(best, abs=1e-9)
     assert stage.is_optimal
     assert stage.gap < 1e-6
@@ -173,13 +174,71 @@ def communities(num_experts: int, layers: int, ranks: int, *, top_k: int = 2, to
 def test_communities_are_found_and_nothing_crosses(num_experts: int, layers: int, ranks: int) -> None:
     routing = communities(num_experts, layers, ranks)
     solution = place(routing, ranks, max_imbalance=math.inf)
-    assert solution.stages[0].kept == pytest.approx(1)
+    assert solution.stages[0].value == pytest.approx(1)
     assert solution.stages[0].is_optimal
     after = traffic(routing, solution.placement)
     assert all(layer.crossing in (None, 0) for layer in after)
     # All of a token's experts are on one rank, and it is there itself once in so many times.
     assert [layer.rows for layer in after] == pytest.approx([1 - 1 / ranks] * layers)
     assert after[0].rows < traffic(routing, Placement.contiguous(routing, ranks))[0].rows
+
+
+def ranks_needed(layer: LayerRouting, rank_of: Sequence[int]) -> float:
+    """The ranks that a token has experts on, token by token."""
+    return float(np.mean([len({rank_of[e] for e in ids if e < layer.num_experts}) for ids in layer.expert_ids]))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("shape", "ranks", "null", "limit"), [*TINY, ([(6, 3)], 2, 0.1, 1.1), ([(6, 4)], 3, 0, 9)])
+def test_by_rows_each_layer_is_the_best_of_all(
+    shape: list[tuple[int, int]], ranks: int, null: float, limit: float, seed: int
+) -> None:
+    routing = random_routing(shape, null=null, seed=seed)
+    solution = place(routing, ranks, max_imbalance=limit, objective="rows")
+    best = []
+    for layer, rank_of in zip(routing, solution.placement.rank_of, strict=True):
+        most = max(limit / ranks, heaviest_first(layer, ranks)) + 1e-9
+        allowed = [each for each in all_placements(layer.num_experts, ranks) if busiest(layer, each, ranks) <= most]
+        best.append(min(ranks_needed(layer, each) for each in allowed))
+        assert ranks_needed(layer, rank_of) == pytest.approx(best[-1])
+        assert busiest(layer, rank_of, ranks) <= most
+    (stage,) = solution.stages
+    assert stage.value == pytest.approx(np.mean(best))
+    assert stage.is_optimal
+
+
+def test_the_search_by_rows_finds_the_best_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_rows, "LARGEST_SETS", 0)
+    for seed in range(4):
+        (layer,) = routing = random_routing([(8, 3)], tokens=40, null=0.1, seed=seed)
+        solution = place(routing, 2, max_imbalance=math.inf, objective="rows")
+        best = min(ranks_needed(layer, each) for each in all_placements(8, 2))
+        assert ranks_needed(layer, solution.placement.rank_of[0]) == pytest.approx(best)
+        (stage,) = solution.stages
+        assert stage.value == pytest.approx(best)
+        assert stage.bound <= best
+        assert not stage.exact
+
+
+def test_by_rows_ranks_are_named_by_what_follows_what() -> None:
+    """Communities that share no experts: each fills a rank, the same one in all layers."""
+    routing = communities(32, 4, 4, top_k=4)
+    after = traffic(routing, place(routing, 4, max_imbalance=math.inf, objective="rows").placement)
+    assert [layer.rows for layer in after] == pytest.approx([3 / 4] * 4)
+    assert all(layer.crossing in (None, 0) for layer in after)
+
+
+def test_hosts_and_groups_by_rows() -> None:
+    routing = random_routing([(16, 3)] * 2, tokens=200, groups=4, seed=2)
+    solution = place(routing, 8, hosts=2, seconds=2, objective="rows")
+    assert [stage.objective for stage in solution.stages] == ["rows"] * 3
+    for level, rank_of in enumerate(solution.placement.rank_of):
+        assert np.bincount(rank_of, minlength=8).tolist() == [2] * 8
+        of_group = solution.placement.order(level).reshape(4, 4) // 4
+        assert (of_group == of_group[:, :1]).all()
+    after, before = (traffic(routing, each, 2) for each in (solution.placement, Placement.contiguous(routing, 8)))
+    assert sum(layer.host_rows for layer in after) <= sum(layer.host_rows for layer in before)
+    assert sum(layer.rows for layer in after) < sum(layer.rows for layer in before)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -224,7 +283,7 @@ def test_every_rank_gets_what_it_owns(num_experts: int, ranks: int, hosts: int) 
     measure = "crossing" if hosts == 1 else "host_crossing"
     assert sum(getattr(layer, measure) or 0 for layer in after) < sum(getattr(layer, measure) or 0 for layer in before)
     assert len(solution.stages) == (1 if hosts == 1 else 1 + hosts)
-    assert all(0 <= stage.kept <= stage.bound + 1e-12 for stage in solution.stages)
+    assert all(0 <= stage.value <= stage.bound + 1e-12 for stage in solution.stages)
 
 
 def test_hosts_come_first() -> None:
@@ -291,8 +350,8 @@ def test_what_the_time_does_not_allow_is_said() -> None:
     (stage,) = solution.stages
     assert not stage.is_optimal
     assert stage.gap > 0
-    assert stage.bound == stage.kept + stage.gap
-    assert stage.kept == pytest.approx(kept_by_counting(routing, solution.placement.rank_of))
+    assert stage.bound == stage.value + stage.gap
+    assert stage.value == pytest.approx(kept_by_counting(routing, solution.placement.rank_of))
 
 
 def test_a_placement_does_not_hang_on_chance() -> None:
@@ -314,6 +373,7 @@ SOME = random_routing([(4, 2)] * 2)
         (SOME, {"ranks": 4, "seconds": 0.0}, ConfigError, "seconds is 0.0: it must be above 0"),
         (SOME, {"ranks": 4, "seconds": math.nan}, ConfigError, "seconds is nan"),
         (SOME, {"ranks": 4, "max_imbalance": 0.9}, ConfigError, "imbalance is 0.9: it must be at least 1"),
+        (SOME, {"ranks": 4, "objective": "columns"}, ConfigError, "no such objective 'columns': .*rows, transitions"),
         (SOME[:1], {"ranks": 2}, DataError, "of 1 MoE layers"),
         ([LayerRouting(np.full((9, 2), 4), 4)] * 2, {"ranks": 2}, DataError, "no token of the routing has experts"),
     ],

@@ -22,20 +22,26 @@ def command(
     hosts: Annotated[
         int, typer.Option(help="Hosts with equally many ranks each: experts are placed on hosts first.")
     ] = 1,
+    objective: Annotated[
+        str,
+        typer.Option(help="'transitions' between layers that stay on a rank (ExFlow), or 'rows' that moesaic sends."),
+    ] = "transitions",
     seconds: Annotated[float, typer.Option(help="About the most that the solution may take.")] = 60.0,
     imbalance: Annotated[
         float, typer.Option(help="The most slots of a rank in a layer, over an even share, where that is possible.")
     ] = 1.2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: the folder and the report.")] = False,
 ) -> None:
-    """Place experts on ranks by the affinity between layers, and say what crosses ranks before and after.
+    """Place experts on ranks by what a trace says of them, and say what crosses ranks before and after.
 
     The placed model computes the same; only the order of its experts is another.
     """
     from moesaic.cli.output import print_json, print_table
     from moesaic.inspect.placement import place_folder
 
-    placed = place_folder(model, trace, ranks, out=out, hosts=hosts, seconds=seconds, max_imbalance=imbalance)
+    placed = place_folder(
+        model, trace, ranks, out=out, hosts=hosts, seconds=seconds, max_imbalance=imbalance, objective=objective
+    )
     report = placed.report
     if as_json:
         print_json({"folder": placed.folder, **report})
@@ -73,8 +79,12 @@ def _change(before: float | None, after: float | None, form: str) -> str:
 
 def _told(program: dict[str, Any]) -> str:
     """What was found, and what is proved of it, in one line."""
-    found = f"{program['name']}: {program['kept']:.1%} of the transitions stay (text that was optimized on)"
+    form, what = "{:.2f}", "ranks a token and layer"
+    if program["objective"] == "transitions":
+        form, what = "{:.1%}", "of the transitions stay"
+    value, bound, gap = (form.format(program[key]) for key in ("value", "bound", "gap"))
+    found = f"{program['name']}: {value} {what} (of the text optimized on)"
     if program["is_optimal"]:
-        return f"{found}; HiGHS proves that no placement keeps more"
-    why = "not within the time" if program["exact"] else "too large to be solved exactly"
-    return f"{found}; none keeps more than {program['bound']:.1%} ({why}: a gap of {program['gap']:.1%})"
+        return f"{found}; HiGHS proves that this is the best"
+    why = "not settled within the time" if program["exact"] else "too large to be solved exactly"
+    return f"{found}; {why}: none is better than {bound}, a gap of {gap}"

@@ -47,6 +47,7 @@ def place_folder(
     hosts: int = 1,
     seconds: float = 60.0,
     max_imbalance: float = MAX_IMBALANCE,
+    objective: str = "transitions",
 ) -> Placed:
     """Place the experts of the model in ``path`` by :func:`moesaic.parallel.placement.place`, and say what it saves.
 
@@ -58,11 +59,11 @@ def place_folder(
         out: the folder to write the placed model to; None: only the report.
 
     Returns:
-        The report has ``ranks``, ``hosts``, ``max_imbalance``, ``seconds`` (that were used), ``tokens`` (optimized on,
-        held out), ``programs`` (what :class:`moesaic.parallel.placement.Stage` holds, and its gap), ``before`` and
-        ``after`` (means over the layers of :class:`moesaic.parallel.placement.LayerTraffic`, the largest imbalance)
-        and ``layers``: the same of each, with its number, its experts, ``rank_of_expert`` and ``order``: the expert
-        that each position holds in the placed model.
+        The report has ``ranks``, ``hosts``, ``objective``, ``max_imbalance``, ``seconds`` (that were used), ``tokens``
+        (optimized on, held out), ``programs`` (what :class:`moesaic.parallel.placement_stages.Stage` holds, and its
+        gap), ``before`` and ``after`` (means over the layers of :class:`moesaic.parallel.placement.LayerTraffic`, the
+        largest imbalance) and ``layers``: the same of each, with its number, its experts, ``rank_of_expert`` and
+        ``order``: the expert that each position holds in the placed model.
 
     Raises:
         CheckpointError: where there is no usable model, the trace is of another one, or ``out`` exists already.
@@ -70,7 +71,7 @@ def place_folder(
         ConfigError, DataError, MissingDependencyError: as :func:`moesaic.parallel.placement.place` raises them;
             DataError also for a trace that cannot be read or is too short to hold something out.
     """
-    check_numbers(ranks, hosts, seconds, max_imbalance)
+    check_numbers(ranks, hosts, seconds, max_imbalance, objective)
     if out is not None:
         check_new(out)
     folder = model_folder(path)
@@ -80,7 +81,12 @@ def place_folder(
     held_out = held_out_tokens(traced)
     groups = [block.groups for block in blocks]
     solution = place(
-        _routing(traced, ~held_out, groups), ranks, hosts=hosts, seconds=seconds, max_imbalance=max_imbalance
+        _routing(traced, ~held_out, groups),
+        ranks,
+        hosts=hosts,
+        seconds=seconds,
+        max_imbalance=max_imbalance,
+        objective=objective,
     )
     measured_on = _routing(traced, held_out, groups)
     before = traffic(measured_on, Placement.contiguous(measured_on, ranks), hosts)
@@ -89,6 +95,7 @@ def place_folder(
     report = {
         "ranks": ranks,
         "hosts": hosts,
+        "objective": objective,
         "max_imbalance": max_imbalance,
         "seconds": solution.seconds,
         "tokens": {"optimized": int((~held_out).sum()), "held_out": int(held_out.sum())},
@@ -109,7 +116,9 @@ def place_folder(
     }
     if out is None:
         return Placed(report, None)
-    return Placed(report, permute_experts(folder, orders, out, {"ranks": ranks, "hosts": hosts}))
+    return Placed(
+        report, permute_experts(folder, orders, out, {"ranks": ranks, "hosts": hosts, "objective": objective})
+    )
 
 
 def held_out_tokens(trace: RoutingTrace) -> npt.NDArray[np.bool_]:

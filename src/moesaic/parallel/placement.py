@@ -16,26 +16,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from moesaic.errors import ConfigError, DataError
+from moesaic.errors import ConfigError, DataError, did_you_mean
 from moesaic.parallel.layout import chunk
-from moesaic.parallel.placement_program import (
-    LARGEST_PROGRAM,
-    Assignment,
-    FloatArray,
-    IntArray,
-    Layer,
-    Problem,
-    pair_bound,
-    scipy_optimize,
-    solve_exactly,
-)
-from moesaic.parallel.placement_search import balanced, search
+from moesaic.parallel.placement_program import FloatArray, IntArray, Problem, scipy_optimize
+from moesaic.parallel.placement_stages import Stage, solve, within_limits
 
 MAX_IMBALANCE = 1.2
 """The load of a layer's busiest rank, over an even share, that a placement may reach by default."""
-_EQUAL = 1e-9
-_SEARCH_SHARE = 0.3
-"""Of the time that there is, the most that is spent on the search before the exact program."""
+OBJECTIVES = ("transitions", "rows")
 
 
 @dataclass(frozen=True)
@@ -111,28 +99,6 @@ class LayerTraffic:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One solved program.
-
-    Args:
-        name: what was placed where. kept: the mean share of transitions that stay. bound: no placement keeps more.
-        is_optimal: whether the two are proved equal. exact: whether HiGHS was given the program itself, besides the
-            bound.
-    """
-
-    name: str
-    kept: float
-    bound: float
-    is_optimal: bool
-    exact: bool
-
-    @property
-    def gap(self) -> float:
-        """What the bound leaves open, as a share of all transitions."""
-        return max(0.0, self.bound - self.kept)
-
-
-@dataclass(frozen=True)
 class Solution:
     """A placement, and the programs that gave it; ``seconds`` that it took."""
 
@@ -148,8 +114,14 @@ def place(
     hosts: int = 1,
     seconds: float = 60.0,
     max_imbalance: float = MAX_IMBALANCE,
+    objective: str = "transitions",
 ) -> Solution:
-    """The placement that keeps the most transitions between consecutive MoE layers on one rank.
+    """The placement that is best by an objective.
+
+    ``"transitions"``, ExFlow's: the most transitions between consecutive MoE layers stay on one rank. That saves where
+    a token goes from rank to rank with its layers. ``"rows"``: a token's experts of one layer are on the fewest ranks.
+    That saves here, where tokens have a rank and their rows come back to it; ranks are then named so that as many
+    transitions stay as that allows.
 
     Each rank gets as many experts of a layer as the contiguous split gives it, and no more than ``max_imbalance`` of an
     even share of the layer's slots, or what an even spreading of the heaviest experts reaches where that is more. First
@@ -161,24 +133,20 @@ def place(
         hosts: equally many ranks each, neighbours together. seconds: about the most that it may take.
 
     Raises:
-        ConfigError: for a number out of range, hosts that do not divide the ranks, or more ranks than a layer has
-            experts.
+        ConfigError: for a number out of range, an unknown objective, hosts that do not divide the ranks, or more ranks
+            than a layer has experts.
         DataError: where there is nothing to go by: fewer than two layers, or no transition between them.
         MissingDependencyError: without scipy.
     """
-    check_numbers(ranks, hosts, seconds, max_imbalance)
-    check_routing(routing, ranks)
+    check_numbers(ranks, hosts, seconds, max_imbalance, objective)
+    check_routing(routing, ranks, objective)
     scipy_optimize()
     began = time.monotonic()
     units = [_Units.of(layer, ranks) for layer in routing]
-    everything = _problem(routing, units, ranks, max_imbalance)
+    problem = _problem(routing, units, ranks, max_imbalance, objective)
     contiguous = Placement.contiguous(routing, ranks).rank_of
     now = [each.bins(rank_of) for each, rank_of in zip(units, contiguous, strict=True)]
-    if hosts == 1:
-        assignment, stage = _solve("experts on ranks", everything, now, seconds)
-        stages = [stage]
-    else:
-        assignment, stages = _solve_staged(everything, now, hosts, seconds)
+    assignment, stages = solve(problem, now, hosts, seconds)
     rank_of = tuple(each.rank_of(bins) for each, bins in zip(units, assignment, strict=True))
     placement = Placement(ranks, rank_of, tuple(layer.groups for layer in routing))
     return Solution(placement, tuple(stages), time.monotonic() - began)
@@ -212,7 +180,7 @@ def chunk_sizes(num_experts: int, ranks: int) -> IntArray:
     return np.array([len(chunk(num_experts, ranks, rank)) for rank in range(ranks)])
 
 
-def check_numbers(ranks: int, hosts: int, seconds: float, max_imbalance: float) -> None:
+def check_numbers(ranks: int, hosts: int, seconds: float, max_imbalance: float, objective: str) -> None:
     """Refuse settings that no placement can have.
 
     Raises:
@@ -226,23 +194,26 @@ def check_numbers(ranks: int, hosts: int, seconds: float, max_imbalance: float) 
         raise ConfigError(f"seconds is {seconds}: it must be above 0")
     if not max_imbalance >= 1:
         raise ConfigError(f"imbalance is {max_imbalance}: it must be at least 1, an even share")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"no such objective {objective!r}: {did_you_mean(objective, OBJECTIVES)}")
 
 
-def check_routing(routing: Sequence[LayerRouting], ranks: int) -> None:
+def check_routing(routing: Sequence[LayerRouting], ranks: int, objective: str) -> None:
     """Refuse layers that there is nothing to place in.
 
     Raises:
         ConfigError, DataError: as :func:`place`.
     """
-    if len(routing) < 2:
-        raise DataError(f"the routing is of {len(routing)} MoE layers: a placement by transitions needs at least 2")
+    by_transitions = objective == "transitions"
+    if len(routing) < 1 + by_transitions:
+        raise DataError(f"the routing is of {len(routing)} MoE layers: a placement by {objective} needs more")
     for level, layer in enumerate(routing):
         if ranks > layer.num_experts:
             raise ConfigError(
                 f"ranks is {ranks}, but MoE layer {level} has {layer.num_experts} experts: ranks then own slices of "
                 "every expert of a block, which have no placement; give at most as many ranks as experts"
             )
-    if not any(weight.sum() > 0 for weight in _pairs([layer.shares for layer in routing])):
+    if by_transitions and not any(weight.sum() > 0 for weight in _pairs([layer.shares for layer in routing])):
         raise DataError("no token of the routing has experts in two consecutive MoE layers")
 
 
@@ -283,20 +254,16 @@ class _Units:
         return np.repeat(bins, self.size)
 
 
-def _problem(routing: Sequence[LayerRouting], units: Sequence[_Units], ranks: int, max_imbalance: float) -> Problem:
+def _problem(
+    routing: Sequence[LayerRouting], units: Sequence[_Units], ranks: int, max_imbalance: float, objective: str
+) -> Problem:
     layers = [
-        _within_limits(each.summed(layer.load), each.kind, each.capacity, max_imbalance / ranks)
+        within_limits(each.summed(layer.load), each.kind, each.capacity, max_imbalance / ranks)
         for layer, each in zip(routing, units, strict=True)
     ]
-    pairs = _pairs([each.summed(layer.shares) for layer, each in zip(routing, units, strict=True)])
-    return Problem(layers, [weight / max(1, len(pairs)) for weight in pairs])
-
-
-def _within_limits(load: FloatArray, kind: IntArray, capacity: IntArray, limit: float) -> Layer:
-    """A layer with ``limit`` for every bin, or what an even spreading reaches where that is more."""
-    free = Layer(load, kind, capacity, np.full(capacity.shape[1], np.inf))
-    least = free.loads(balanced(free)).max()
-    return Layer(load, kind, capacity, np.full(capacity.shape[1], max(limit, least)))
+    shares = [each.summed(layer.shares) for layer, each in zip(routing, units, strict=True)]
+    pairs = [weight / max(1, len(shares) - 1) for weight in _pairs(shares)]
+    return Problem(layers, pairs, [share > 0 for share in shares] if objective == "rows" else None)
 
 
 def _pairs(shares: Sequence[FloatArray]) -> list[FloatArray]:
@@ -315,56 +282,3 @@ def _crossings(routing: Sequence[LayerRouting], bin_of: Sequence[IntArray]) -> l
         for weight, here, there in zip(pairs, bin_of, bin_of[1:], strict=False)
     ]
     return [*shares, None]
-
-
-def _solve(name: str, problem: Problem, now: Assignment, seconds: float) -> tuple[Assignment, Stage]:
-    deadline = time.monotonic() + seconds
-    starts = [[balanced(layer) for layer in problem.layers]]
-    if all(layer.fits(bins) for layer, bins in zip(problem.layers, now, strict=True)):
-        starts.append(now)
-    found = search(problem, starts, seconds * _SEARCH_SHARE)
-    kept, bound = problem.kept(found), pair_bound(problem)
-    is_optimal, exact = bound - kept < _EQUAL, False
-    if not is_optimal and problem.products() <= LARGEST_PROGRAM and (left := deadline - time.monotonic()) > 0:
-        exact = True
-        result = solve_exactly(problem, left, kept)
-        if result.assignment is not None and problem.kept(result.assignment) > kept:
-            found, kept = result.assignment, problem.kept(result.assignment)
-        bound = min(bound, result.bound)
-        is_optimal = result.is_optimal or bound - kept < _EQUAL
-    return found, Stage(name, kept, max(bound, kept), is_optimal, exact)
-
-
-def _solve_staged(problem: Problem, now: Assignment, hosts: int, seconds: float) -> tuple[Assignment, list[Stage]]:
-    """Hosts first; then each host alone, with the experts that it got."""
-    per_host = problem.bins // hosts
-    coarse = [
-        _within_limits(
-            layer.load,
-            layer.kind,
-            layer.capacity.reshape(len(layer.capacity), hosts, per_host).sum(axis=2),
-            float(layer.limit[0]) * per_host,
-        )
-        for layer in problem.layers
-    ]
-    host_of, stage = _solve(
-        "experts on hosts", Problem(coarse, problem.pairs), [bins // per_host for bins in now], seconds / 2
-    )
-    stages = [stage]
-    assignment = [bins.copy() for bins in now]
-    for host in range(hosts):
-        own = [np.flatnonzero(bins == host) for bins in host_of]
-        mine = slice(host * per_host, (host + 1) * per_host)
-        layers = [
-            _within_limits(layer.load[units], layer.kind[units], layer.capacity[:, mine], float(layer.limit[0]))
-            for layer, units in zip(problem.layers, own, strict=True)
-        ]
-        pairs = [weight[np.ix_(here, there)] for weight, here, there in zip(problem.pairs, own, own[1:], strict=False)]
-        start = [balanced(layer) for layer in layers]
-        within, stage = _solve(
-            f"experts of host {host} on its ranks", Problem(layers, pairs), start, seconds / 2 / hosts
-        )
-        stages.append(stage)
-        for bins, units, found in zip(assignment, own, within, strict=True):
-            bins[units] = host * per_host + found
-    return assignment, stages

@@ -47,6 +47,11 @@ class Layer:
     def __len__(self) -> int:
         return len(self.load)
 
+    @cached_property
+    def interchangeable(self) -> bool:
+        """Whether bins can swap everything that they hold."""
+        return bool((self.capacity == self.capacity[:, :1]).all() and (self.limit == self.limit[0]).all())
+
     def loads(self, bin_of: IntArray) -> FloatArray:
         """``[B]``: the load of each bin."""
         return np.bincount(bin_of, weights=self.load, minlength=len(self.limit))
@@ -63,22 +68,21 @@ class Problem:
     Args:
         pairs: for each two neighbouring layers ``[U, U']``: the share of the tokens' transitions from a unit to one of
             the next layer.
+        takes: for each layer ``[N, U]``, whether a token takes a unit; None for a placement by transitions.
     """
 
     layers: Sequence[Layer]
     pairs: Sequence[FloatArray]
+    takes: Sequence[npt.NDArray[np.bool_]] | None = None
 
     @property
     def bins(self) -> int:
         return len(self.layers[0].limit)
 
-    @cached_property
+    @property
     def interchangeable(self) -> bool:
         """Whether bins can swap everything that they hold."""
-        return all(
-            (layer.capacity == layer.capacity[:, :1]).all() and (layer.limit == layer.limit[0]).all()
-            for layer in self.layers
-        )
+        return all(layer.interchangeable for layer in self.layers)
 
     def kept(self, assignment: Assignment) -> float:
         """Σ over neighbouring layers of the weight between units of one bin: the objective."""
@@ -150,21 +154,71 @@ def solve_exactly(problem: Problem, seconds: float, at_least: float = -math.inf)
     Args:
         seconds: the most time. at_least: what is known to be reachable; worse ones are not looked for.
     """
-    optimize = scipy_optimize()
     began = time.monotonic()
     program = _Program(problem)
-    matrix, low, high = program.rows(at_least)
-    options = {"time_limit": max(0.0, seconds - (time.monotonic() - began)), "mip_rel_gap": 0.0}
-    found = optimize.milp(
-        program.objective(),
-        integrality=program.integrality(),
-        bounds=optimize.Bounds(0, program.highest()),
-        constraints=optimize.LinearConstraint(matrix, low, high),
-        options=options,
-    )
-    bound = math.inf if found.mip_dual_bound is None else -float(found.mip_dual_bound)
+    rows, highest = program.rows(at_least), program.highest()
+    found = minimize(program.objective(), program.num_choices, highest, rows, seconds - (time.monotonic() - began))
     assignment = None if found.x is None else program.assignment(found.x)
-    return Exact(assignment, bound, found.status == 0)
+    return Exact(assignment, -lower_bound(found), found.status == 0)
+
+
+def minimize(cost: FloatArray, num_whole: int, highest: FloatArray, rows: Rows, seconds: float) -> Any:
+    """HiGHS on variables from 0 to ``highest``, of which the first ``num_whole`` are whole numbers."""
+    optimize = scipy_optimize()
+    return optimize.milp(
+        cost,
+        integrality=np.arange(len(cost)) < num_whole,
+        bounds=optimize.Bounds(0, highest),
+        constraints=optimize.LinearConstraint(rows.matrix(), *rows.limits()),
+        options={"time_limit": max(0.0, seconds), "mip_rel_gap": 0.0},
+    )
+
+
+def lower_bound(found: Any) -> float:
+    """What HiGHS proved that nothing is below; minus infinity where it proved nothing."""
+    return -math.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
+
+
+def in_order(choices: IntArray) -> IntArray:
+    """Of choices ``[U, B]`` among alike bins, those that need not be tried: unit u goes to the bins up to u."""
+    units, bins = choices.shape
+    return choices[np.triu_indices(n=units, k=1, m=bins)]
+
+
+class Rows:
+    """The constraints of a program over ``size`` variables, collected row by row."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.count = size, 0
+        self._terms: list[tuple[IntArray, IntArray, FloatArray]] = []
+        self._limits: list[tuple[FloatArray, FloatArray]] = []
+
+    def add(self, parts: Sequence[tuple[IntArray, Any]], low: Any, high: Any) -> None:
+        """Rows low ≤ Σ factor · variable ≤ high; each part is ``[rows, terms]`` variables, and factors for them."""
+        rows = len(parts[0][0])
+        for ids, factors in parts:
+            which = np.repeat(np.arange(self.count, self.count + rows), ids.shape[1])
+            self._terms.append((which, ids.ravel(), np.broadcast_to(factors, ids.shape).ravel().astype(np.float64)))
+        low, high = (np.broadcast_to(np.asarray(limit, dtype=np.float64), rows) for limit in (low, high))
+        self._limits.append((low, high))
+        self.count += rows
+
+    def add_layer(self, layer: Layer, choices: IntArray) -> None:
+        """Every unit in one bin, every bin filled as its capacity says, and within its limit of load."""
+        self.add([(choices, 1.0)], 1, 1)
+        for kind, capacity in enumerate(layer.capacity):
+            self.add([(choices[layer.kind == kind].T, 1.0)], capacity, capacity)
+        self.add([(choices.T, layer.load[None, :])], -np.inf, layer.limit)
+
+    def matrix(self) -> Any:
+        from scipy import sparse
+
+        rows, columns, factors = (np.concatenate(part) for part in zip(*self._terms, strict=True))
+        return sparse.csr_array((factors, (rows, columns)), shape=(self.count, self.size))
+
+    def limits(self) -> tuple[FloatArray, FloatArray]:
+        low, high = (np.concatenate(part) for part in zip(*self._limits, strict=True))
+        return low, high
 
 
 class _Program:
@@ -187,62 +241,35 @@ class _Program:
             cost[ids] = -weight[:, :, None]
         return cost
 
-    def integrality(self) -> IntArray:
-        # Products of whole choices are whole by themselves.
-        return np.concatenate([np.ones(self.num_choices), np.zeros(self.size - self.num_choices)]).astype(np.int64)
-
     def highest(self) -> FloatArray:
-        """1, and 0 where bins that are alike would only be tried in other orders: unit u goes to the bins up to u."""
+        # Products of whole choices are whole by themselves.
         most = np.ones(self.size)
         if self.problem.interchangeable:
-            most[self.choices[0][np.triu_indices(n=len(self.choices[0]), k=1, m=self.bins)]] = 0
+            most[in_order(self.choices[0])] = 0
         return most
 
-    def rows(self, at_least: float) -> tuple[Any, FloatArray, FloatArray]:
-        """(matrix, least, most) of all constraints."""
-        self._terms: list[tuple[IntArray, IntArray, FloatArray]] = []
-        self._low: list[FloatArray] = []
-        self._high: list[FloatArray] = []
-        self._count = 0
+    def rows(self, at_least: float) -> Rows:
+        rows = Rows(self.size)
         for layer, ids in zip(self.problem.layers, self.choices, strict=True):
-            self._add([(ids, 1.0)], 1, 1)
-            for kind, capacity in enumerate(layer.capacity):
-                self._add([(ids[layer.kind == kind].T, 1.0)], capacity, capacity)
-            self._add([(ids.T, layer.load[None, :])], -np.inf, layer.limit)
+            rows.add_layer(layer, ids)
         for level, ids in enumerate(self.products):
-            self._link(self.problem.layers[level + 1], self.choices[level], ids)
-            self._link(self.problem.layers[level], self.choices[level + 1], ids.transpose(1, 0, 2))
+            self._link(rows, self.problem.layers[level + 1], self.choices[level], ids)
+            self._link(rows, self.problem.layers[level], self.choices[level + 1], ids.transpose(1, 0, 2))
         if math.isfinite(at_least):
             products = np.concatenate([ids.ravel() for ids in self.products])[None, :]
             weights = -self.objective()[products]
-            self._add([(products, weights)], at_least - _TOLERANCE, np.inf)
-        return self._matrix(), np.concatenate(self._low), np.concatenate(self._high)
+            rows.add([(products, weights)], at_least - _TOLERANCE, np.inf)
+        return rows
 
-    def _link(self, partners: Layer, choices: IntArray, products: IntArray) -> None:
+    def _link(self, rows: Rows, partners: Layer, choices: IntArray, products: IntArray) -> None:
         """Products ``[U, V, B]`` with choices ``[U, B]``: at most each choice, and by kind as many as a bin holds."""
         flat = products.transpose(0, 2, 1)  # [U, B, V]
         each = np.broadcast_to(choices[:, :, None], flat.shape)
-        self._add([(flat.reshape(-1, 1), 1.0), (each.reshape(-1, 1), -1.0)], -np.inf, 0)
+        rows.add([(flat.reshape(-1, 1), 1.0), (each.reshape(-1, 1), -1.0)], -np.inf, 0)
         for kind, capacity in enumerate(partners.capacity):
             held = -np.tile(capacity.astype(np.float64), len(choices))[:, None]
             own = flat[:, :, partners.kind == kind].reshape(choices.size, -1)
-            self._add([(own, 1.0), (choices.reshape(-1, 1), held)], 0, 0)
-
-    def _add(self, parts: Sequence[tuple[IntArray, Any]], low: Any, high: Any) -> None:
-        """Rows Σ factor · variable; each part is ``[rows, terms]`` variables and factors that broadcast to it."""
-        rows = len(parts[0][0])
-        for ids, factors in parts:
-            which = np.repeat(np.arange(self._count, self._count + rows), ids.shape[1])
-            self._terms.append((which, ids.ravel(), np.broadcast_to(factors, ids.shape).ravel().astype(np.float64)))
-        self._low.append(np.broadcast_to(np.asarray(low, dtype=np.float64), rows))
-        self._high.append(np.broadcast_to(np.asarray(high, dtype=np.float64), rows))
-        self._count += rows
-
-    def _matrix(self) -> Any:
-        from scipy import sparse
-
-        rows, columns, factors = (np.concatenate(part) for part in zip(*self._terms, strict=True))
-        return sparse.csr_array((factors, (rows, columns)), shape=(self._count, self.size))
+            rows.add([(own, 1.0), (choices.reshape(-1, 1), held)], 0, 0)
 
     def assignment(self, solution: FloatArray) -> Assignment:
         return [solution[ids].argmax(axis=1).astype(np.int64) for ids in self.choices]

@@ -81,7 +81,7 @@ class _Search:
         """From one layer thrown about, the others one after another, each given only the neighbour that is there."""
         assignment = [each.copy() for each in start]
         middle = int(self.random.integers(len(assignment)))
-        self.shuffle(assignment, middle, len(assignment[middle]))
+        shuffle(self.problem.layers[middle], assignment[middle], len(assignment[middle]), self.random)
         for level in range(middle + 1, len(assignment)):
             self.place(assignment, level, self.from_before(assignment, level))
         for level in range(middle - 1, -1, -1):
@@ -94,18 +94,9 @@ class _Search:
         width = int(self.random.integers(1, 4))
         first = int(self.random.integers(max(1, len(assignment) - width + 1)))
         for level in range(first, min(first + width, len(assignment))):
-            self.shuffle(assignment, level, int(self.random.integers(1, 2 + len(assignment[level]) // 4)))
+            swaps = int(self.random.integers(1, 2 + len(assignment[level]) // 4))
+            shuffle(self.problem.layers[level], assignment[level], swaps, self.random)
         return assignment
-
-    def shuffle(self, assignment: Assignment, level: int, swaps: int) -> None:
-        """Swap units of one kind at random, where the limits allow it."""
-        layer, bin_of = self.problem.layers[level], assignment[level]
-        for _ in range(swaps if len(layer) else 0):
-            one, other = self.random.integers(len(layer), size=2)
-            if layer.kind[one] == layer.kind[other]:
-                bin_of[[one, other]] = bin_of[[other, one]]
-                if not layer.fits(bin_of):
-                    bin_of[[one, other]] = bin_of[[other, one]]
 
     def descend(self, assignment: Assignment) -> Assignment:
         """Layer after layer, forth and back, until none gains."""
@@ -120,7 +111,7 @@ class _Search:
                 if level + 1 < levels:
                     gains += self.from_after(assignment, level)
                 self.place(assignment, level, gains)
-            self.relabel(assignment)
+            relabel(self.problem, assignment)
             gained = self.problem.kept(assignment) > before + _GAIN and not self.is_late()
         return assignment
 
@@ -149,32 +140,54 @@ class _Search:
         else:
             _swap_within_limits(layer, bin_of, gains)
 
-    def relabel(self, assignment: Assignment) -> None:
-        """Where bins are alike, let all layers from one on swap bins, if more stays with the layer before."""
-        if not self.problem.interchangeable:
-            return
-        for level in range(1, len(assignment)):
-            gains = self.from_before(assignment, level)
-            together = np.eye(self.problem.bins)[assignment[level]].T @ gains  # [bin now, bin then]
-            now, then = self.assign(together, maximize=True)
-            if together[now, then].sum() > np.trace(together) + _GAIN:
-                for later in range(level, len(assignment)):
-                    assignment[later] = then[assignment[later]]
+
+def relabel(problem: Problem, assignment: Assignment) -> None:
+    """Where bins are alike, let all layers from one on swap bins, if more stays with the layer before."""
+    if not problem.interchangeable:
+        return
+    assign = scipy_optimize().linear_sum_assignment
+    for level in range(1, len(assignment)):
+        bins = np.eye(problem.bins)
+        together = bins[assignment[level]].T @ problem.pairs[level - 1].T @ bins[assignment[level - 1]]
+        now, then = assign(together, maximize=True)  # [bin now, bin then]
+        if together[now, then].sum() > np.trace(together) + _GAIN:
+            for later in range(level, len(assignment)):
+                assignment[later] = then[assignment[later]]
+
+
+def swap_best(layer: Layer, bin_of: IntArray, gain: FloatArray) -> bool:
+    """Swap the bins of the two units with the largest ``gain`` ``[U, U]`` that the limits allow; whether there is one.
+
+    Args:
+        bin_of: changed in place. gain: overwritten.
+    """
+    if not len(layer):
+        return False
+    loads = layer.loads(bin_of)
+    shift = layer.load[None, :] - layer.load[:, None]  # [u, v]: what u's bin gets more by taking v for u
+    fits = loads[bin_of][:, None] + shift <= layer.limit[bin_of][:, None] + 1e-9
+    gain[~(fits & fits.T & (layer.kind[:, None] == layer.kind[None, :]))] = 0
+    one, other = divmod(int(gain.argmax()), len(layer))
+    if gain[one, other] <= _GAIN:
+        return False
+    bin_of[[one, other]] = bin_of[[other, one]]
+    return True
+
+
+def shuffle(layer: Layer, bin_of: IntArray, swaps: int, random: np.random.Generator) -> None:
+    """Swap units of one kind at random, where the limits allow it; ``bin_of`` is changed in place."""
+    for _ in range(swaps if len(layer) else 0):
+        one, other = random.integers(len(layer), size=2)
+        if layer.kind[one] == layer.kind[other]:
+            bin_of[[one, other]] = bin_of[[other, one]]
+            if not layer.fits(bin_of):
+                bin_of[[one, other]] = bin_of[[other, one]]
 
 
 def _swap_within_limits(layer: Layer, bin_of: IntArray, gains: FloatArray) -> None:
-    """Swap the two units that gain most until no swap within the limits gains."""
-    everyone = np.arange(len(layer))
-    same_kind = layer.kind[:, None] == layer.kind[None, :]
+    """Swap the two units that gain most of ``gains`` ``[U, B]`` until no swap within the limits gains."""
     while True:
-        own = gains[everyone, bin_of]
+        own = gains[np.arange(len(layer)), bin_of]
         there = gains[:, bin_of]  # [u, v]: what u would keep in v's bin
-        gain = there + there.T - own[:, None] - own[None, :]
-        loads = layer.loads(bin_of)
-        shift = layer.load[None, :] - layer.load[:, None]  # [u, v]: what u's bin gets more by taking v for u
-        fits = loads[bin_of][:, None] + shift <= layer.limit[bin_of][:, None] + 1e-9
-        gain[~(fits & fits.T & same_kind)] = 0
-        one, other = divmod(int(gain.argmax()), len(layer))
-        if gain[one, other] <= _GAIN:
+        if not swap_best(layer, bin_of, there + there.T - own[:, None] - own[None, :]):
             return
-        bin_of[[one, other]] = bin_of[[other, one]]
