@@ -154,8 +154,6 @@ def test_program_search_and_bound_by_themselves(shape: list[tuple[int, int]], ra
     start = [balanced(layer) for layer in problem.layers]
     found = search(problem, [start], 60)
     assert problem.kept(start) < problem.kept(found) <= best + 1e-9
-    # Nothing is better than the best: the program says so, and has nothing to show.
-    assert solve_exactly(problem, 60, best + 1e-3).assignment is None
 
 
 def communities(num_experts: int, layers: int, ranks: int, *, top_k: int = 2, tokens: int = 400) -> list[LayerRouting]:

@@ -109,7 +109,7 @@ def _by_transitions(name: str, problem: Problem, now: Assignment, seconds: float
     is_optimal, exact = bound - kept < _EQUAL, False
     if not is_optimal and problem.products() <= LARGEST_PROGRAM and (left := deadline - time.monotonic()) > 0:
         exact = True
-        result = solve_exactly(problem, left, kept)
+        result = solve_exactly(problem, left)
         if result.assignment is not None and problem.kept(result.assignment) > kept:
             found, kept = result.assignment, problem.kept(result.assignment)
         bound = min(bound, result.bound)
