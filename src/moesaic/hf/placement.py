@@ -120,6 +120,7 @@ def permute_experts(
         pieces |= _moves(checkpoint, blocks[number], order)
     about = {**(note or {}), "experts": {str(number): list(map(int, order)) for number, order in orders.items()}}
     with new_folder(out) as folder:
+        folder.mkdir()
         for file in sorted(checkpoint.folder.iterdir()):
             if file.is_file() and not file.name.endswith(_OTHER_WEIGHTS):
                 shutil.copyfile(file, folder / file.name)

@@ -40,7 +40,7 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """An empty folder to write to, which becomes ``out`` at the end of the block, or goes where that raises.
+    """A path to make a folder at, which becomes ``out`` at the end of the block, or goes where that raises.
 
     Raises:
         CheckpointError: where ``out`` exists already.
@@ -51,7 +51,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
             folder = Path(scratch) / path.name
-            folder.mkdir()
             yield folder
             folder.rename(path)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
