@@ -219,6 +219,31 @@ def test_layers_of_a_prediction_beyond_the_last_one_are_left_alone(
     assert (tmp_path / "placed" / "more.safetensors").read_bytes() == (path / "more.safetensors").read_bytes()
 
 
+def test_codes_of_others_move_in_any_precision(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """The names of gpt-oss in MXFP4, and of an expert each in FP8: bytes that torch need not know how to compute."""
+    tensors = flat(tmp_path / "gpt_oss", folders, "gpt_oss")
+    up = "model.layers.1.mlp.experts.gate_up_proj"
+    tensors.pop(up)
+    tensors[f"{up}_blocks"] = torch.randint(0, 256, (EXPERTS, 6, 2, 16), dtype=torch.uint8)
+    tensors[f"{up}_scales"] = torch.randint(0, 256, (EXPERTS, 6, 2), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "gpt_oss" / "model.safetensors")
+    order = np.roll(np.arange(EXPERTS), 3)
+    after = load_file(permute_experts(tmp_path / "gpt_oss", {1: order}, tmp_path / "one") / "model.safetensors")
+    for name in (f"{up}_blocks", f"{up}_scales", f"{up}_bias", "model.layers.1.mlp.router.bias"):
+        assert torch.equal(after[name], tensors[name][order])
+    tensors = flat(tmp_path / "olmoe", folders)
+    for expert in range(EXPERTS):
+        name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand(3, 2)
+    save_file(tensors, tmp_path / "olmoe" / "model.safetensors")
+    after = load_file(permute_experts(tmp_path / "olmoe", {1: order}, tmp_path / "other") / "model.safetensors")
+    for new, old in enumerate(order):
+        for rest in ("weight", "weight_scale_inv"):
+            moved, source = (f"model.layers.1.mlp.experts.{e}.up_proj.{rest}" for e in (new, old))
+            assert torch.equal(after[moved].float(), tensors[source].float())
+
+
 def test_groups_are_those_that_the_router_chooses_among(folders: Callable[[str], Path], tmp_path: Path) -> None:
     assert {block.groups for block in moe_blocks(folders("deepseek_v3"))} == {4}
     assert {block.groups for block in moe_blocks(folders("ours_grouped"))} == {4}

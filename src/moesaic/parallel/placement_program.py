@@ -109,11 +109,14 @@ def scipy_optimize() -> Any:
     return scipy.optimize
 
 
-def pair_bound(problem: Problem) -> float:
+def pair_bound(problem: Problem, deadline: float = math.inf) -> float:
     """No assignment keeps more than this: every two neighbouring layers as well as they could be alone.
 
     A unit stays with at most as many of the next layer as a bin holds of them. For equal bins without a binding limit
     of load it is what the linear relaxation of the exact program gives, found without solving that.
+
+    Args:
+        deadline: by ``time.monotonic``; layers after it are bounded more loosely: by the largest weights of each unit.
     """
     optimize = scipy_optimize()
     from scipy import sparse
@@ -124,6 +127,9 @@ def pair_bound(problem: Problem) -> float:
         rows, columns = weight.shape
         if not weight.size:
             continue
+        if time.monotonic() > deadline:
+            bound += min(_largest(weight, int(next_capacity.max())), _largest(weight.T, int(capacity.max())))
+            continue
         per_row = sparse.kron(sparse.eye_array(rows), np.ones((1, columns)))
         per_column = sparse.kron(np.ones((1, rows)), sparse.eye_array(columns))
         matrix = sparse.vstack([per_row, per_column, np.ones((1, weight.size))], format="csr")
@@ -132,6 +138,11 @@ def pair_bound(problem: Problem) -> float:
         assert found.status == 0, found.message  # it has the solution 0, and is bounded by 1
         bound -= float(found.fun)
     return bound
+
+
+def _largest(weight: FloatArray, count: int) -> float:
+    """The sum of the ``count`` largest weights of each row."""
+    return float(-np.sort(-weight, axis=1)[:, :count].sum())
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _by_transitions(name: str, problem: Problem, now: Assignment, seconds: float
     if all(layer.fits(bins) for layer, bins in zip(problem.layers, now, strict=True)):
         starts.append(now)
     found = search(problem, starts, seconds * _SEARCH_SHARE)
-    kept, bound = problem.kept(found), pair_bound(problem)
+    kept, bound = problem.kept(found), pair_bound(problem, deadline)
     is_optimal, exact = bound - kept < _EQUAL, False
     if not is_optimal and problem.products() <= LARGEST_PROGRAM and (left := deadline - time.monotonic()) > 0:
         exact = True
