@@ -166,6 +166,19 @@ def test_what_cannot_be_placed_is_said_in_one_line(
     assert captured.out == ""
 
 
+def test_a_quantized_model_of_transformers_is_traced_and_placed(
+    models: Path, traces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["quantize", str(models / "mixtral"), "--to", "int8", "--out", "small"]) == 0
+    assert run(["inspect", "small", "--data", "a.py", "--tokens", "200"]) == 0
+    assert run(["place", "small", "--trace", "small-report", "--ranks", "2", "--out", "placed"]) == 0
+    ids = torch.arange(2, 50)[None]
+    before, after = (load_model(folder, device="cpu")[0] for folder in ("small", "placed"))
+    assert before.is_quantized
+    with torch.no_grad():
+        torch.testing.assert_close(after(input_ids=ids).logits, before(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+
+
 def test_a_dense_model_has_nothing_to_place(models: Path, traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["place", str(models / "dense"), "--trace", "ours-report", "--ranks", "2"]) == 2
     assert "no MoE layer that can be placed" in capsys.readouterr().err

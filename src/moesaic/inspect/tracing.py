@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -155,11 +156,12 @@ def _watched_modules(model: nn.Module) -> list[_Record]:
 
 
 def _num_experts(module: nn.Module) -> int:
-    """The experts whose weights are here: the first dimension of each of the module's own parameters.
+    """The experts whose weights are here: the first dimension of each of the module's own parameters, or codes.
 
     A norm inside it (``post_expert_norm``) has parameters of another shape.
     """
-    return int(next(module.parameters(recurse=False)).shape[0])
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return int(next(own).shape[0])
 
 
 @contextmanager
