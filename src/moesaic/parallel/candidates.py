@@ -113,8 +113,11 @@ def search(pricing: Pricing, wish: Wish, names: tuple[str, ...]) -> list[tuple[C
             for name in names:
                 for overlap in overlaps:
                     price(replace(base, overlap=overlap, exchange=name))
-    # One time is one way to carry out the step, by whatever least number of slots it is described.
-    told = {(replace(candidate, least=1), each.seconds): (candidate, each) for candidate, each in found.items()}
+    # One time is one way to carry out the step, however it is described: by another least number of slots, or as
+    # relayed where nobody has anything to pass on.
+    told: dict[tuple[object, ...], tuple[Candidate, PlanEstimate]] = {}
+    for candidate, estimated in found.items():
+        told.setdefault((replace(candidate, least=1, gather=GATHERS[0]), estimated.seconds), (candidate, estimated))
     return sorted(told.values(), key=lambda each: each[1].seconds)
 
 

@@ -158,7 +158,7 @@ class _Measuring:
         """Seconds for each byte of the rank that sends most."""
         rank = self._topology.rank
         seconds, cpu = self._exchange(self._topology.group, bytes_WW[rank], bytes_WW[:, rank], _TURNS)
-        self.cpu = max(self.cpu, cpu / (2 * bytes_WW.sum()))
+        self.cpu = max(self.cpu, cpu / float(2 * bytes_WW.sum()))
         return max(0.0, seconds - small) / float(bytes_WW.sum(1).max())
 
     def _exchange(self, group: Any, sends: Any, receives: Any, turns: int) -> tuple[float, float]:
@@ -180,6 +180,6 @@ class _Measuring:
 def agreed(values: Sequence[float], topology: Topology) -> FloatArray:
     """``[W, n]``: what every rank has measured, the same numbers on all of them; a collective call."""
     own = torch.tensor(values, dtype=torch.float64, device=topology.device)
-    told = own.new_empty(topology.size * own.numel())
-    dist.all_gather_into_tensor(told, own, group=topology.group)
-    return np.asarray(told.view(topology.size, -1).cpu().numpy())
+    told = [torch.empty_like(own) for _ in range(topology.size)]
+    dist.all_gather(told, own, group=topology.group)
+    return np.asarray(torch.stack(told).cpu().numpy())

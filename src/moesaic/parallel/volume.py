@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from moesaic.parallel.schedule import BoolArray, Schedule
 from moesaic.parallel.workload import IntArray, Workload
 
 FloatArray = npt.NDArray[np.float64]
-# Experts whose receivers are looked at together: it bounds the memory that thousands of ranks take.
+# Fetched experts whose receivers are looked at together: it bounds the memory that thousands of ranks take.
 _TOGETHER = 1024
 
 
@@ -102,52 +103,76 @@ class Volume:
 
     @staticmethod
     def of(plan: Plan, workload: Workload, places: Places) -> Volume:
-        """The volume of a plan for a workload."""
+        """The volume of a plan for a workload.
+
+        Raises:
+            ConfigError: where ``plan.replicas`` does not divide the number of slices.
+        """
         schedule = Schedule(plan, workload)
-        rows_WW = _rows(schedule)
-        there = _rows_flow(rows_WW, plan.exchange, places)
-        if plan.exchange == "direct":
-            back = tuple(flow.back() for flow in there)
-        else:
-            back = _rows_flow(rows_WW.T, plan.exchange, places)
-        own_slots_W, own_active_W = _own(schedule)
-        fetched_slots_W = fetched_active_W = np.zeros_like(own_slots_W)
-        if plan.fetched:
-            fetched_slots_W = np.where(schedule.fetches_WE, workload.counts_WE, 0).sum(1)
-            fetched_active_W = schedule.fetches_WE.sum(1)
+        amounts = _whole(plan, workload) if workload.layout.slices == 1 else _sliced(schedule)
+        rows_WW = amounts.rows_WW
+        there: tuple[Flow, ...] = ()
+        back: tuple[Flow, ...] = ()
+        if np.trace(rows_WW) < rows_WW.sum():  # exchanges without anything are left out
+            there = _rows_flow(rows_WW, plan.exchange, places)
+            direct = plan.exchange == "direct"
+            back = tuple(flow.back() for flow in there) if direct else _rows_flow(rows_WW.T, plan.exchange, places)
         return Volume(
             there,
             back,
             tuple(_weight_flows(schedule, places)),
             rows_WW.sum(1),
             rows_WW.sum(0),
-            own_slots_W,
-            own_active_W,
-            fetched_slots_W,
-            fetched_active_W,
+            amounts.own_slots_W,
+            amounts.own_active_W,
+            amounts.fetched_slots_W,
+            amounts.fetched_active_W,
             schedule.replicas,
             schedule.members,
         )
 
 
-def _rows(schedule: Schedule) -> IntArray:
-    """``[W, W]``, as ``Schedule.rows_WW``."""
-    if schedule.workload.layout.slices > 1:
-        return schedule.rows_WW
-    return schedule.block_rows_WB if schedule.plan.fetched else schedule.workload.rows_WB
+class _Amounts(NamedTuple):
+    rows_WW: IntArray
+    own_slots_W: IntArray
+    own_active_W: IntArray
+    fetched_slots_W: IntArray
+    fetched_active_W: IntArray
 
 
-def _own(schedule: Schedule) -> tuple[IntArray, IntArray]:
-    """``[W]`` slots on own experts, and own experts with any."""
-    workload = schedule.workload
-    layout = workload.layout
-    if layout.slices > 1:
-        own_WE = schedule.own_slots_WE
-        return own_WE.sum(1), (own_WE > 0).sum(1)
-    sent_E = (schedule.sent_WE if schedule.plan.fetched else workload.counts_WE).sum(0)
-    slots_W = np.bincount(layout.block_of_expert, weights=sent_E, minlength=layout.ranks)
-    active_W = np.bincount(layout.block_of_expert, weights=sent_E > 0, minlength=layout.ranks)
-    return slots_W.astype(np.int64), active_W.astype(np.int64)
+def _sliced(schedule: Schedule) -> _Amounts:
+    """Where experts are fewer than ranks, so that nothing is large."""
+    own_WE, fetched_WE = schedule.own_slots_WE, schedule.fetched_slots_WE
+    return _Amounts(schedule.rows_WW, own_WE.sum(1), (own_WE > 0).sum(1), fetched_WE.sum(1), (fetched_WE > 0).sum(1))
+
+
+def _whole(plan: Plan, workload: Workload) -> _Amounts:
+    """Where a rank is a block: looks at the columns of fetched experts alone."""
+    layout, counts_WE, rows_WB = workload.layout, workload.counts_WE, workload.rows_WB
+    block_E = layout.block_of_expert
+    total_E = counts_WE.sum(0)
+    fetched_slots_W = fetched_active_W = np.zeros(layout.ranks, dtype=np.int64)
+    if plan.fetched:
+        columns = np.array(plan.fetched)
+        fetched_WE = _fetched(plan, workload, columns)
+        fetched_slots_W, fetched_active_W = fetched_WE.sum(1), (fetched_WE > 0).sum(1)
+        total_E[columns] -= fetched_WE.sum(0)
+        rows_WB = rows_WB.copy()
+        for block in np.unique(block_E[columns]).tolist():
+            here = fetched_WE[:, block_E[columns] == block]
+            slots_W = counts_WE[:, layout.experts_of_block(block)].sum(1) - here.sum(1)
+            rows_WB[:, block] = np.where((here > 0).any(1), np.minimum(slots_W, rows_WB[:, block]), rows_WB[:, block])
+    own_slots_W = np.bincount(block_E, weights=total_E, minlength=layout.ranks).astype(np.int64)
+    own_active_W = np.bincount(block_E, weights=total_E > 0, minlength=layout.ranks).astype(np.int64)
+    return _Amounts(rows_WB, own_slots_W, own_active_W, fetched_slots_W, fetched_active_W)
+
+
+def _fetched(plan: Plan, workload: Workload, columns: IntArray) -> IntArray:
+    """Slots that ranks compute with fetched weights of some experts, as ``Schedule.fetched_slots_WE``."""
+    some_WE = workload.counts_WE[:, columns]
+    fetched_WE = np.where(some_WE >= max(1, plan.least), some_WE, 0)
+    fetched_WE[workload.layout.block_of_expert[columns], np.arange(len(columns))] = 0
+    return fetched_WE
 
 
 def _rows_flow(rows_WW: IntArray, exchange: str, places: Places) -> tuple[Flow, ...]:
@@ -204,57 +229,55 @@ def _hierarchical(rows_WW: IntArray, places: Places) -> tuple[Flow, ...]:
 
 
 def _needed(schedule: Schedule) -> Iterator[tuple[int, IntArray, BoolArray]]:
-    """(elements, ``[E]`` owners, ``[W, E]`` receivers) of every slice of all experts."""
-    workload = schedule.workload
+    """(elements, owners ``[n]``, receivers ``[W, n]``) of every slice of all experts that travel, some at a time."""
+    workload, plan = schedule.workload, schedule.plan
     layout, members = workload.layout, schedule.members
+    if layout.slices == 1:
+        for first in range(0, len(plan.fetched), _TOGETHER):
+            columns = np.array(plan.fetched[first : first + _TOGETHER])
+            yield workload.slice_elements[0], layout.block_of_expert[columns], _fetched(plan, workload, columns) > 0
+        return
     ranks = np.arange(layout.ranks)
     for slice_ in range(layout.slices):
         needs_WE = schedule.fetches_WE
         owner_E = layout.block_of_expert * layout.slices + slice_
-        if layout.slices > 1:
-            if members > 1:
-                sharing_W = ranks % layout.slices // members == slice_ // members
-                needs_WE = needs_WE | (sharing_W[:, None] & (schedule.own_slots_WE > 0))
-            needs_WE = needs_WE & (ranks[:, None] != owner_E)
-        yield workload.slice_elements[slice_], owner_E, needs_WE
+        if members > 1:
+            sharing_W = ranks % layout.slices // members == slice_ // members
+            needs_WE = needs_WE | (sharing_W[:, None] & (schedule.own_slots_WE > 0))
+        yield workload.slice_elements[slice_], owner_E, needs_WE & (ranks[:, None] != owner_E)
 
 
 def _weight_flows(schedule: Schedule, places: Places) -> list[Flow]:
     """The phases of the gather, as ``Schedule.gather_phases``."""
     if not schedule.plan.fetched and schedule.members == 1:
         return []
-    ranks = schedule.workload.layout.ranks
-    sums = np.zeros((2, 2, 2, ranks))  # [phase, out or in, class, rank]
-    relayed = False
+    sums = np.zeros((2, 2, 2, schedule.workload.layout.ranks))  # [phase, out or in, class, rank]
     for elements, owner_E, needs_WE in _needed(schedule):
-        wanted = np.flatnonzero(needs_WE.any(0))
-        for first in range(0, len(wanted), _TOGETHER):
-            some = wanted[first : first + _TOGETHER]
-            relayed |= _add_parcels(sums, elements, owner_E[some], needs_WE[:, some], schedule.plan.gather, places)
+        _add_parcels(sums, elements, owner_E, needs_WE, schedule.plan.gather, places)
     messages = (int(places.peers_CW[0].max()), int(places.peers_CW[1].max()))
-    phases = [Flow(sums[phase, 0], sums[phase, 1], messages) for phase in range(1 + relayed)]
-    return [flow for flow in phases if flow.out_CW.any()]
+    flows = [Flow(sums[phase, 0], sums[phase, 1], messages) for phase in range(2)]
+    return [flow for flow in flows if flow.out_CW.any()]
 
 
 def _add_parcels(
     sums: FloatArray, elements: int, owner_E: IntArray, needs_WE: BoolArray, gather: str, places: Places
-) -> bool:
-    """Add what some experts' owners send; whether anything is passed on."""
+) -> None:
+    """Add what some experts' owners send, and what is passed on of it."""
     host_W, receivers_E = places.host_W, needs_WE.sum(0)
     near_WE = needs_WE & (host_W[:, None] == host_W[owner_E])
     relays_E = (receivers_E > 1) & (gather == "relay")
     # Whole numbers: their sums are exact in whatever order they are taken, so the same on every kind of processor.
-    piece_E = np.where(relays_E, -(-elements // receivers_E), elements).astype(float)
+    piece_E = np.where(relays_E, -(-elements // np.maximum(1, receivers_E)), elements).astype(float)
     near_E = near_WE.sum(0)
     for class_, share_WE, share_E in ((0, near_WE, near_E), (1, needs_WE & ~near_WE, receivers_E - near_E)):
         sums[0, 0, class_] += np.bincount(owner_E, weights=share_E * piece_E, minlength=sums.shape[-1])
         sums[0, 1, class_] += share_WE @ piece_E
     if not relays_E.any():
-        return False
+        return
     needs_WE, piece_E, receivers_E = needs_WE[:, relays_E], piece_E[relays_E], receivers_E[relays_E]
-    beside_HE = np.stack([needs_WE[host_W == host].sum(0) for host in range(places.hosts)])
+    beside_HE = np.zeros((places.hosts, len(piece_E)), dtype=np.int64)
+    np.add.at(beside_HE, host_W, needs_WE)
     inside_WE = np.where(needs_WE, beside_HE[host_W] - 1, 0)
     between_WE = np.where(needs_WE, receivers_E - 1 - inside_WE, 0)
     for class_, others_WE in ((0, inside_WE), (1, between_WE)):
         sums[1, :, class_] += others_WE @ piece_E  # a relay sends its piece to each other one, and gets theirs
-    return True
