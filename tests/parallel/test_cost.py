@@ -16,7 +16,7 @@ from moesaic.parallel.cost import PARTS, estimate, pipelined
 from moesaic.parallel.links import Link, Links
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.schedule import Schedule
-from moesaic.parallel.volume import Places, Volume
+from moesaic.parallel.volume import Places, Volumes
 
 HOSTS = {2: (0, 0), 3: (0, 1, 1), 4: (0, 1, 0, 1), 6: (0, 0, 1, 1, 2, 2), 8: (0, 0, 0, 0, 1, 1, 1, 1)}
 NONE = Cost(0.0, 0.0, 0.0)
@@ -34,10 +34,10 @@ def plans(experts: int, slices: int) -> list[Plan]:
 @pytest.mark.parametrize("experts", [2, 3, 8, 16])
 def test_volumes_are_the_sums_of_the_schedule(ranks: int, experts: int) -> None:
     step = workload(ranks, experts, [50 * rank for rank in range(ranks)], skew=1.0)
-    host_W = np.array(HOSTS[ranks])
+    host_W, volumes = np.array(HOSTS[ranks]), Volumes(step, Places.of(HOSTS[ranks]))
     same_WW = host_W[:, None] == host_W
     for plan in plans(experts, step.layout.slices):
-        schedule, volume = Schedule(plan, step), Volume.of(plan, step, Places.of(HOSTS[ranks]))
+        schedule, volume = Schedule(plan, step), volumes.of(plan)
         away_WW = schedule.rows_WW * ~np.eye(ranks, dtype=bool)
         (flow,) = volume.tokens or (None,)
         if flow is None:
@@ -69,7 +69,7 @@ def test_a_hierarchical_exchange_goes_inside_then_between() -> None:
     rows_WW = Schedule(Plan("tokens"), step).rows_WW
     # Places 0 and 1 on hosts (0, 3), (1, 4), (2, 5): a host's ranks do not stand together.
     hosts = (0, 1, 2, 0, 1, 2)
-    inside, between = Volume.of(Plan("tokens", exchange="hierarchical"), step, Places.of(hosts)).tokens
+    inside, between = Volumes(step, Places.of(hosts)).of(Plan("tokens", exchange="hierarchical")).tokens
     neighbour = [3, 4, 5, 0, 1, 2]
     for rank in range(6):
         place = rank // 3

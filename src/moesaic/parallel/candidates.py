@@ -17,7 +17,7 @@ from moesaic.parallel.cost import PlanEstimate, Pricing
 from moesaic.parallel.exchange import EXCHANGES
 from moesaic.parallel.plan import AUTO, GATHERS, STRATEGIES, Plan, Wish
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.workload import Workload
+from moesaic.parallel.workload import IntArray, Workload
 
 _OVERLAPS = (1, 2, 4, 8)
 # A larger hot set is looked at while it is no worse than this against the best so far.
@@ -40,13 +40,17 @@ class Candidate:
     gather: str = "direct"
     replicas: int = 0
 
-    def plan(self, workload: Workload) -> Plan:
-        """The plan for one workload."""
+    def plan(self, workload: Workload, orders: dict[int, IntArray] | None = None) -> Plan:
+        """The plan for one workload.
+
+        Args:
+            orders: keeps what hot sets of this workload follow from, by the least number of slots.
+        """
         fetched: tuple[int, ...] = ()
         if self.strategy == "weights":
             fetched = tuple(range(workload.layout.num_experts))
         elif self.strategy == "hybrid":
-            fetched = hottest(workload, self.hot, self.least)
+            fetched = hottest(workload, self.hot, self.least, orders)
         return Plan(self.strategy, fetched, self.least, self.overlap, self.exchange, self.gather, self.replicas)
 
     @property
@@ -55,15 +59,17 @@ class Candidate:
         return self.strategy, self.overlap > 1, self.exchange, self.gather
 
 
-def hottest(workload: Workload, number: int, least: int) -> tuple[int, ...]:
+def hottest(workload: Workload, number: int, least: int, orders: dict[int, IntArray] | None = None) -> tuple[int, ...]:
     """The experts by which the most slots need not travel, if ranks with ``least`` slots for them fetch them."""
-    layout, counts_WE = workload.layout, workload.counts_WE
-    moved_WE = np.where(counts_WE >= least, counts_WE, 0)
-    moved_E = moved_WE.sum(0)
-    if layout.slices == 1:  # what its owner has for it stays anyway
-        moved_E = moved_E - moved_WE[layout.block_of_expert, np.arange(layout.num_experts)]
-    first = np.argsort(-moved_E, kind="stable")[:number]
-    return tuple(sorted(first[moved_E[first] > 0].tolist()))
+    orders = {} if orders is None else orders
+    if least not in orders:
+        layout, counts_WE = workload.layout, workload.counts_WE
+        moved_WE = np.where(counts_WE >= least, counts_WE, 0)
+        moved_E = moved_WE.sum(0)
+        if layout.slices == 1:  # what its owner has for it stays anyway
+            moved_E -= moved_WE[layout.block_of_expert, np.arange(layout.num_experts)]
+        orders[least] = np.argsort(-moved_E, kind="stable")[: np.count_nonzero(moved_E)]
+    return tuple(sorted(orders[least][:number].tolist()))
 
 
 def exchanges(topology: Topology, wish: Wish) -> tuple[str, ...]:
@@ -94,7 +100,7 @@ def search(pricing: Pricing, wish: Wish, names: tuple[str, ...]) -> list[tuple[C
 
     def price(candidate: Candidate) -> float:
         if candidate not in found:
-            found[candidate] = pricing.estimate(candidate.plan(pricing.workload))
+            found[candidate] = pricing.estimate(candidate.plan(pricing.workload, pricing.orders))
         return found[candidate].seconds
 
     overlaps = _OVERLAPS if wish.overlap is None else (wish.overlap,)

@@ -14,8 +14,8 @@ from moesaic.parallel.compute import Compute
 from moesaic.parallel.links import Links
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.volume import FloatArray, Flow, Places, Volume
-from moesaic.parallel.workload import Workload
+from moesaic.parallel.volume import FloatArray, Flow, Places, Volume, Volumes
+from moesaic.parallel.workload import IntArray, Workload
 
 PARTS = ("tokens", "results", "weights", "own", "fetched", "copies", "overhead")
 
@@ -48,10 +48,11 @@ class Pricing:
     links: Links
     compute: Compute
     topology: Topology
-    _volumes: dict[tuple[object, ...], Volume] = field(default_factory=dict)
+    orders: dict[int, IntArray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.places = Places.of(self.topology.hosts)
+        self.volumes = Volumes(self.workload, self.places)
         self.machines = Places.of(self.topology.machines)
 
     def estimate(self, plan: Plan) -> PlanEstimate:
@@ -60,10 +61,7 @@ class Pricing:
         Raises:
             ConfigError: where ``plan.replicas`` does not divide the number of slices.
         """
-        key = (plan.fetched, plan.least, plan.replicas, plan.exchange, plan.gather)
-        volume = self._volumes.get(key)
-        if volume is None:
-            volume = self._volumes[key] = Volume.of(plan, self.workload, self.places)
+        volume = self.volumes.of(plan)
         parts = dict.fromkeys(PARTS, 0.0)
         forward = self._pass(plan, volume, False, parts)
         backward = self._pass(plan, volume, True, parts) if self.workload.grad else 0.0

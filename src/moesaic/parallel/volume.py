@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -101,28 +101,40 @@ class Volume:
     replicas: int
     members: int
 
-    @staticmethod
-    def of(plan: Plan, workload: Workload, places: Places) -> Volume:
-        """The volume of a plan for a workload.
+
+@dataclass
+class Volumes:
+    """The volumes of plans for one workload: what several plans have in common is added up once."""
+
+    workload: Workload
+    places: Places
+    _amounts: dict[tuple[object, ...], _Amounts] = field(default_factory=dict)
+    _rows: dict[tuple[object, ...], tuple[tuple[Flow, ...], tuple[Flow, ...]]] = field(default_factory=dict)
+    _weights: dict[tuple[object, ...], tuple[Flow, ...]] = field(default_factory=dict)
+
+    def of(self, plan: Plan) -> Volume:
+        """The volume of a plan.
 
         Raises:
             ConfigError: where ``plan.replicas`` does not divide the number of slices.
         """
-        schedule = Schedule(plan, workload)
-        amounts = _whole(plan, workload) if workload.layout.slices == 1 else _sliced(schedule)
-        rows_WW = amounts.rows_WW
-        there: tuple[Flow, ...] = ()
-        back: tuple[Flow, ...] = ()
-        if np.trace(rows_WW) < rows_WW.sum():  # exchanges without anything are left out
-            there = _rows_flow(rows_WW, plan.exchange, places)
-            direct = plan.exchange == "direct"
-            back = tuple(flow.back() for flow in there) if direct else _rows_flow(rows_WW.T, plan.exchange, places)
+        schedule = Schedule(plan, self.workload)
+        key = (plan.fetched, plan.least, plan.replicas)
+        if key not in self._amounts:
+            whole = self.workload.layout.slices == 1
+            self._amounts[key] = _whole(plan, self.workload) if whole else _sliced(schedule)
+        amounts = self._amounts[key]
+        if (*key, plan.exchange) not in self._rows:
+            self._rows[*key, plan.exchange] = _there_and_back(amounts.rows_WW, plan.exchange, self.places)
+        if (*key, plan.gather) not in self._weights:
+            self._weights[*key, plan.gather] = tuple(_weight_flows(schedule, self.places))
+        there, back = self._rows[*key, plan.exchange]
         return Volume(
             there,
             back,
-            tuple(_weight_flows(schedule, places)),
-            rows_WW.sum(1),
-            rows_WW.sum(0),
+            self._weights[*key, plan.gather],
+            amounts.sent_W,
+            amounts.received_W,
             amounts.own_slots_W,
             amounts.own_active_W,
             amounts.fetched_slots_W,
@@ -134,6 +146,8 @@ class Volume:
 
 class _Amounts(NamedTuple):
     rows_WW: IntArray
+    sent_W: IntArray
+    received_W: IntArray
     own_slots_W: IntArray
     own_active_W: IntArray
     fetched_slots_W: IntArray
@@ -143,7 +157,9 @@ class _Amounts(NamedTuple):
 def _sliced(schedule: Schedule) -> _Amounts:
     """Where experts are fewer than ranks, so that nothing is large."""
     own_WE, fetched_WE = schedule.own_slots_WE, schedule.fetched_slots_WE
-    return _Amounts(schedule.rows_WW, own_WE.sum(1), (own_WE > 0).sum(1), fetched_WE.sum(1), (fetched_WE > 0).sum(1))
+    rows_WW = schedule.rows_WW
+    own = own_WE.sum(1), (own_WE > 0).sum(1)
+    return _Amounts(rows_WW, rows_WW.sum(1), rows_WW.sum(0), *own, fetched_WE.sum(1), (fetched_WE > 0).sum(1))
 
 
 def _whole(plan: Plan, workload: Workload) -> _Amounts:
@@ -164,7 +180,8 @@ def _whole(plan: Plan, workload: Workload) -> _Amounts:
             rows_WB[:, block] = np.where((here > 0).any(1), np.minimum(slots_W, rows_WB[:, block]), rows_WB[:, block])
     own_slots_W = np.bincount(block_E, weights=total_E, minlength=layout.ranks).astype(np.int64)
     own_active_W = np.bincount(block_E, weights=total_E > 0, minlength=layout.ranks).astype(np.int64)
-    return _Amounts(rows_WB, own_slots_W, own_active_W, fetched_slots_W, fetched_active_W)
+    sums = rows_WB.sum(1), rows_WB.sum(0)
+    return _Amounts(rows_WB, *sums, own_slots_W, own_active_W, fetched_slots_W, fetched_active_W)
 
 
 def _fetched(plan: Plan, workload: Workload, columns: IntArray) -> IntArray:
@@ -173,6 +190,15 @@ def _fetched(plan: Plan, workload: Workload, columns: IntArray) -> IntArray:
     fetched_WE = np.where(some_WE >= max(1, plan.least), some_WE, 0)
     fetched_WE[workload.layout.block_of_expert[columns], np.arange(len(columns))] = 0
     return fetched_WE
+
+
+def _there_and_back(rows_WW: IntArray, exchange: str, places: Places) -> tuple[tuple[Flow, ...], tuple[Flow, ...]]:
+    if np.trace(rows_WW) == rows_WW.sum():
+        return (), ()  # exchanges without anything are left out
+    there = _rows_flow(rows_WW, exchange, places)
+    if exchange == "direct":
+        return there, tuple(flow.back() for flow in there)
+    return there, _rows_flow(rows_WW.T, exchange, places)
 
 
 def _rows_flow(rows_WW: IntArray, exchange: str, places: Places) -> tuple[Flow, ...]:
