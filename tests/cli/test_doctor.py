@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,9 @@ from moesaic.cli.main import run
 from moesaic.experts.native import library, limits
 from moesaic.experts.native.limits import Native
 from moesaic.hardware import Speed
+from moesaic.parallel import network
+from moesaic.parallel.links import Link, Links
+from moesaic.parallel.network import Network
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +66,34 @@ def test_doctor_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
         "loop": {"available": True, "reason": None},
         "triton": {"available": False, "reason": "there is no [CUDA] device"},
     }
+
+
+def test_the_network_of_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--network"]) == 0
+    assert "torchrun --nproc-per-node N -m moesaic doctor --network" in capsys.readouterr().out
+
+
+NETWORK = Network(0, 4, 2, 2, Links(Link(1e-4, 2e-10, 1e-10), Link(5e-4, 8e-9, 4e-9), cpu=3e-10), True, True)
+
+
+def test_the_network_of_several_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(network, "measure_job", lambda: NETWORK)
+    assert run(["doctor", "--network"]) == 0
+    printed = capsys.readouterr().out
+    for told in [
+        "4 ranks on 2 hosts",
+        "inside a host",
+        "100 us",
+        "5.00 GB/s",
+        "10.00 GB/s",
+        "between hosts",
+        "8.00 ns",
+    ]:
+        assert told in printed
+    assert run(["doctor", "--network", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["between"] == {"alpha": 5e-4, "beta": 8e-9, "shared": 4e-9} and told["ranks"] == 4
+    monkeypatch.setattr(network, "measure_job", lambda: replace(NETWORK, rank=1))
+    assert run(["doctor", "--network"]) == 0
+    assert capsys.readouterr().out == ""

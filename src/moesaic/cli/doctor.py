@@ -9,12 +9,19 @@ import typer
 if TYPE_CHECKING:
     from moesaic.experts.native.limits import Native
     from moesaic.hardware import Cpu, Device, Speed
+    from moesaic.parallel.links import Link
 
 
 def command(
+    network: Annotated[
+        bool, typer.Option("--network", help="Only measure the links between the ranks that torchrun has started.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what this machine can do: versions, CPU, devices, expert backends, and how fast it measures."""
+    if network:
+        _tell_network(as_json)
+        return
     from moesaic import hardware
     from moesaic.cli.output import print_json, print_table
     from moesaic.experts import status
@@ -76,3 +83,45 @@ def _native_rows(native: Native) -> list[tuple[str, str]]:
 
 def _rate_rows(name: str, flop_per_second: dict[str, float]) -> list[tuple[str, str]]:
     return [(f"{name} {dtype}", f"{rate / 1e9:,.0f} GFLOP/s") for dtype, rate in flop_per_second.items()]
+
+
+def _tell_network(as_json: bool) -> None:
+    from moesaic.cli.output import print_json, print_table
+    from moesaic.parallel.network import measure_job
+
+    told = measure_job()
+    if told.rank:
+        return
+    if as_json:
+        measured = told.links
+        print_json(
+            {
+                **{name: getattr(told, name) for name in ("ranks", "hosts", "machines")},
+                "inside": measured.inside if measured and told.has_inside else None,
+                "between": measured.between if measured and told.has_between else None,
+                "start": measured.start if measured else None,
+                "cpu": measured.cpu if measured else None,
+            }
+        )
+        return
+    if told.links is None:
+        print("One rank has nobody to talk to: torchrun --nproc-per-node N -m moesaic doctor --network")
+        return
+    rows = []
+    if told.has_inside:
+        rows.append(_link_row("inside a host", told.links.inside))
+    if told.has_between:
+        rows.append(_link_row("between hosts", told.links.between))
+    header = ["links", "a message (alpha)", "a byte of one rank (beta)", "one rank", "all ranks of a host"]
+    ranks = f"{told.ranks} ranks on {told.hosts} host{'s' if told.hosts > 1 else ''}"
+    print_table(f"Network: {ranks}, all of them sending at once", header, rows)
+    print(
+        "An exchange takes alpha for each rank that a rank sends to, and beta for each byte that the busiest one sends "
+        f"or receives; {1e6 * told.links.start:.0f} us beside that. A byte costs a core {1e9 * told.links.cpu:.2f} ns."
+    )
+
+
+def _link_row(name: str, link: Link) -> tuple[str, ...]:
+    one = f"{1e-9 / link.beta:.2f} GB/s" if link.beta else "no limit seen"
+    together = f"{1e-9 / link.shared:.2f} GB/s" if link.shared else "no limit seen"
+    return name, f"{1e6 * link.alpha:.0f} us", f"{1e9 * link.beta:.2f} ns", one, together

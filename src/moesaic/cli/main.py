@@ -36,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "place": "Place experts on ranks by the affinity between layers.",
     "batch": "Compute a file of requests offline.",
     "serve": "Serve a model and its adapters by OpenAI's API, with a page.",
+    "plan": "Estimate each strategy's time on a cluster on paper.",
     "bench": "Measure expert layers side by side, correctness beside speed.",
     "doctor": "Say what this machine can do: versions, CPU, backends, speed.",
 }

@@ -5,6 +5,7 @@ see :class:`Plan`.
 """
 
 from moesaic.parallel import hierarchical  # noqa: F401  (registers itself)
+from moesaic.parallel.decisions import Decision, explain, record, replay
 from moesaic.parallel.exchange import EXCHANGES, Exchange
 from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.layout import ExpertLayout
@@ -17,6 +18,7 @@ from moesaic.parallel.workload import Workload
 
 __all__ = [
     "EXCHANGES",
+    "Decision",
     "Exchange",
     "ExpertLayout",
     "ParallelExperts",
@@ -25,6 +27,9 @@ __all__ = [
     "Topology",
     "Wish",
     "Workload",
+    "explain",
+    "record",
+    "replay",
     "traffic",
     "use_strategy",
 ]

@@ -1,0 +1,195 @@
+"""The cost model on a cluster that is not there: static expert parallelism, each strategy, and what would be chosen.
+
+W ranks · E experts · B blocks of experts · T tokens a rank · K slots per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moesaic.autotune.prior import Cost
+from moesaic.errors import ConfigError
+from moesaic.parallel.candidates import exchanges, search
+from moesaic.parallel.clusters import Device, Wire, links
+from moesaic.parallel.compute import Compute
+from moesaic.parallel.cost import PlanEstimate, Pricing
+from moesaic.parallel.layout import ExpertLayout
+from moesaic.parallel.plan import STRATEGIES, Plan, Wish
+from moesaic.parallel.topology import Topology
+from moesaic.parallel.volume import FloatArray
+from moesaic.parallel.workload import Workload
+
+# Seconds to launch the kernels of one call of the experts, of order: a few kernels of some microseconds.
+_LAUNCH = 2e-5
+# Ranks whose routing is drawn; the others repeat theirs.
+_DRAWN = 256
+# What the counts exchange says: two counts an expert, one a block, eight numbers, in 64 bits each.
+_WORD = 8
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks on paper.
+
+    Attributes:
+        ranks, per_host: W, and how many of them are on one host.
+        inside, between: links of a rank to those on its host, and to others.
+        efficiency: share of the device's peak that the experts' matrix products reach.
+    """
+
+    ranks: int
+    per_host: int
+    inside: Wire
+    between: Wire
+    device: Device
+    efficiency: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "per_host"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.efficiency <= 1:
+            raise ConfigError(f"efficiency is {self.efficiency}: it must be above 0 and at most 1")
+
+    def topology(self) -> Topology:
+        """Rank 0's view."""
+        ranks = tuple(range(self.ranks))
+        return Topology(0, self.ranks, ranks, tuple(rank // self.per_host for rank in ranks), "cpu")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one layer with gated experts (three matrices), and how its tokens are routed.
+
+    Attributes:
+        num_experts, d_model, d_ff, top_k: E, D, F, K; tokens: T of each rank.
+        dtype: of features and weights.
+        zipf: the i-th most popular expert is chosen in proportion to 1 / i ** zipf; 0 is uniform.
+        hot: share of all tokens that choose one certain expert, beside that; 0: none.
+        grad: forward and backward.
+    """
+
+    num_experts: int
+    d_model: int
+    d_ff: int
+    top_k: int
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+    zipf: float = 0.0
+    hot: float = 0.0
+    grad: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "d_model", "d_ff", "top_k", "tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"top_k is {self.top_k}: there are only {self.num_experts} experts")
+        if self.zipf < 0 or not 0 <= self.hot <= 1:
+            raise ConfigError(f"zipf is {self.zipf} and hot {self.hot}: from 0 on, and between 0 and 1")
+
+    def shares(self, random: np.random.Generator) -> FloatArray:
+        """``[E]``: the share of the tokens that choose each expert; they add up to K."""
+        share_E = np.arange(1, self.num_experts + 1, dtype=float) ** -self.zipf
+        random.shuffle(share_E)  # so that popular experts are anywhere
+        fixed_E = np.zeros(self.num_experts, dtype=bool)
+        if self.hot:
+            share_E[0], fixed_E[0] = self.hot, True
+        while True:
+            rest = self.top_k - share_E[fixed_E].sum()
+            free = share_E[~fixed_E].sum()
+            if free <= 0 or rest <= 0:
+                return share_E
+            share_E[~fixed_E] *= rest / free
+            above_E = ~fixed_E & (share_E > 1)  # a token chooses an expert only once
+            if not above_E.any():
+                return share_E
+            share_E[above_E], fixed_E[above_E] = 1.0, True
+
+    def workload(self, ranks: int, seed: int = 0) -> Workload:
+        """A drawn routing on so many ranks."""
+        layout = ExpertLayout(self.num_experts, self.d_ff, ranks)
+        random = np.random.default_rng(seed)
+        share_E = self.shares(random)
+        drawn = np.arange(ranks) % min(ranks, _DRAWN)
+        slots = self.tokens * self.top_k
+        counts_RE = random.multinomial(slots, share_E / share_E.sum(), size=min(ranks, _DRAWN)).clip(max=self.tokens)
+        slots_RB = np.zeros((len(counts_RE), layout.blocks), dtype=np.int64)
+        filled = [block for block in range(layout.blocks) if len(layout.experts_of_block(block))]
+        starts = [layout.experts_of_block(block).start for block in filled]
+        slots_RB[:, filled] = np.add.reduceat(counts_RE, starts, axis=1)
+        # A token's K choices are nearly independent: the chance that none of them is in the block.
+        wanted_RB = np.rint(self.tokens * (1 - (1 - slots_RB / slots) ** self.top_k)).astype(np.int64)
+        rows_RB = np.clip(wanted_RB, -(-slots_RB // self.top_k), np.minimum(slots_RB, self.tokens))
+        elements = [3 * self.d_model * len(layout.hidden_of(rank)) for rank in range(layout.slices)]
+        return Workload(
+            layout=layout,
+            counts_WE=counts_RE[drawn],
+            rows_WB=rows_RB[drawn],
+            tokens_W=np.full(ranks, self.tokens),
+            d_model=self.d_model,
+            top_k=self.top_k,
+            dtype=self.dtype,
+            slice_elements=tuple(elements),
+            grad=self.grad,
+        )
+
+    def compute(self, cluster: Cluster) -> Compute:
+        """What a device takes by its published figures."""
+        matrices = 3 * self.d_model * self.d_ff
+        flops = cluster.device.tflops * 1e12 * cluster.efficiency
+        memory = cluster.device.gbytes * 1e9
+        forward = Cost(_LAUNCH, matrices * self.dtype.itemsize / memory, 2 * matrices / flops)
+        return Compute(forward, forward.times(2), copy=2 / memory)  # a copy reads and writes
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One point of a simulation.
+
+    Attributes:
+        static: plain expert parallelism: tokens travel, directly, in one chunk.
+        best: of each strategy, by its name.
+        counts: seconds of the exchange of counts, by which all ranks come to know enough to choose; the static way does
+            without, because its ranks only tell each other what they send.
+    """
+
+    cluster: Cluster
+    step: Step
+    static: PlanEstimate
+    best: dict[str, PlanEstimate]
+    counts: float
+
+    @property
+    def auto(self) -> PlanEstimate:
+        """What would be chosen."""
+        return min(self.best.values(), key=lambda each: each.seconds)
+
+    def speedup(self, estimate: PlanEstimate) -> float:
+        """Against the static way, the counts exchange included."""
+        return self.static.seconds / (estimate.seconds + self.counts)
+
+
+def simulate(cluster: Cluster, step: Step, seed: int = 0) -> Simulated:
+    """Estimate every strategy's best plan for a drawn routing.
+
+    Raises:
+        ConfigError: for sizes that no cluster or layer has.
+    """
+    topology, workload = cluster.topology(), step.workload(cluster.ranks, seed)
+    wires = links(cluster.inside, cluster.between)
+    pricing = Pricing(workload, wires, step.compute(cluster), topology)
+    names = exchanges(topology, Wish())
+    static = pricing.estimate(Plan("tokens"))
+    best = {strategy: search(pricing, Wish(strategy), names)[0][1] for strategy in STRATEGIES}
+    words = 2 * step.num_experts + workload.layout.blocks + 8
+    near = min(cluster.per_host, cluster.ranks) - 1
+    far = cluster.ranks - 1 - near
+    # A ring hands every message on: each link carries all but one of them.
+    slowest = wires.between if far else wires.inside
+    latency = near * wires.inside.alpha + far * wires.between.alpha
+    counts = wires.start + latency + (near + far) * words * _WORD * slowest.beta
+    return Simulated(cluster, step, static, best, counts)
