@@ -41,11 +41,13 @@ class ExpertStorage(nn.Module):
         """Refuse what :meth:`quantize` cannot do, before anything has been changed.
 
         Raises:
-            ConfigError: where the matrices are quantized already, in an :class:`moesaic.adapters.AdapterPool`, or hold
-                a value that is not finite.
+            ConfigError: where the matrices are quantized already, sharded over ranks, in an
+                :class:`moesaic.adapters.AdapterPool`, or hold a value that is not finite.
         """
         if self.format is not None:
             raise ConfigError(f"the experts are quantized already, as {self.format.name}")
+        if self.__dict__.get("parallel") is not None:
+            raise ConfigError("the experts are sharded over ranks, which take float weights")
         if self.__dict__.get("slots") is not None:
             raise ConfigError("the experts are in an AdapterPool, which serves float weights: close it first")
         for name in self.matrices():

@@ -109,20 +109,25 @@ def _ranks(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh:
     if mesh is None:
         on_gpu = dist.get_backend() == "nccl" or any(parameter.is_cuda for parameter in model.parameters())
         return init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
+    if mesh.get_coordinate() is None:
+        raise ConfigError(f"rank {dist.get_rank()} is not in the mesh {mesh.mesh.tolist()}")
+    members = mesh.mesh.flatten()
+    if members.tolist() != sorted(members.tolist()):  # PyTorch's groups would have them so, and its DTensors not
+        raise ConfigError(f"the mesh has the ranks {mesh.mesh.tolist()}: they must be in rising order")
     if mesh.ndim == 1:
         return mesh
-    members = mesh.mesh.flatten()
     group = dist.new_group(members.tolist(), use_local_synchronization=True)
     return DeviceMesh.from_group(group, mesh.device_type, mesh=members, mesh_dim_names=("ranks",))
 
 
 def _find_experts(model: nn.Module, ranks: int, wish: Wish) -> list[_Found]:
     """The model's experts modules, all of which can be sharded: nothing has been changed before that is known."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ConfigError(f"{name} is spread over ranks already: call parallelize once, and before fully_shard")
     found = []
     for name, module in expert_modules(model).items():
         name = name or type(module).__name__
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise ConfigError(f"the parameters of {name} are spread over ranks already")
         if "base_layer" in name.split("."):
             raise UnsupportedError(f"{name}: experts wrapped by PEFT cannot be sharded over ranks: merge the adapter")
         weights, names, interleaved = stored_experts(module)

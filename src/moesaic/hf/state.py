@@ -88,7 +88,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
             whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if name in joined and tuple(whole.shape) == joined[name].canonical:
                 whole = joined[name].field.stored(whole)
-            gathered[id(tensor)] = whole.detach().cpu() if first else whole.new_empty(0)
+            gathered[id(tensor)] = whole.detach().cpu().contiguous() if first else whole.new_empty(0)
         state[name] = gathered[id(tensor)]
     return state if first else {}
 
