@@ -15,6 +15,7 @@ from tests.parallel import reference
 
 from moesaic.errors import ConfigError
 from moesaic.parallel.layout import ExpertLayout
+from moesaic.parallel.parcels import Parcels
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.workload import Workload
@@ -123,6 +124,23 @@ def check_weights(case: Case) -> None:
         assert all(sent_by_owner[expert, slice_, i] == times for i in range(sizes[slice_]))
 
 
+def check_order(phase: Parcels, ranks: int) -> None:
+    """Sender and receiver go through what is between them in one order; the way back has the same turned round."""
+    turned = phase.turned()
+    assert sorted(phase) == sorted(parcel for rank in range(ranks) for parcel in phase.sent_by(rank))
+    for rank in range(ranks):
+        assert [parcel.receiver for parcel in phase.sent_by(rank)] == sorted(p.receiver for p in phase.sent_by(rank))
+        assert [parcel.sender for parcel in phase.received_by(rank)] == sorted(
+            p.sender for p in phase.received_by(rank)
+        )
+        for other in range(ranks):
+            for way in (phase, turned):
+                sent = [parcel for parcel in way.sent_by(other) if parcel.receiver == rank]
+                assert sent == [parcel for parcel in way.received_by(rank) if parcel.sender == other]
+            back = [parcel for parcel in turned.sent_by(rank) if parcel.receiver == other]
+            assert back == [p._replace(sender=rank, receiver=other) for p in phase if p[:2] == (other, rank)]
+
+
 @settings(max_examples=300)
 @given(case=cases())
 def test_rows_and_slots(case: Case) -> None:
@@ -183,4 +201,4 @@ def test_hot_expert_by_hand() -> None:
     assert schedule.rows_WW.tolist() == [[1, 1], [1, 0]]
     assert schedule.own_slots_WE.tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
     assert schedule.fetched_slots_WE.tolist() == [[0, 0, 3, 0], [0] * 4]
-    assert [elements.tolist() for elements in schedule.weights_WW] == [[[0, 0], [15, 0]]]
+    assert [list(phase) for phase in schedule.gather_phases] == [[(1, 0, 2, 0, 0, 15)]]
