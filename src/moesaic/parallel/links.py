@@ -23,7 +23,7 @@ from moesaic.parallel.volume import FloatArray, Flow, Places
 
 # Bytes that a rank sends: a message that is all latency, then larger ones until an exchange takes so many seconds.
 _SMALL, _SIZES, _LONG = 64, (1 << 18, 1 << 20, 1 << 22, 1 << 24), 0.015
-_SMALL_TURNS, _TURNS = 12, 3
+_SMALL_TURNS, _TURNS = 15, 5
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class _Measuring:
         )
         # Three equations: the whole group's exchange, that of a host's ranks, and that across hosts.
         equations = np.array([[1, peers_C[0], peers_C[1]], [1, peers_C[0], 0], [1, 0, self._places.hosts - 1]])
-        start, *alphas = np.linalg.lstsq(equations.astype(float), np.array([small, inside, across]), rcond=None)[0]
-        return max(0.0, float(start)), (max(0.0, float(alphas[0])), max(0.0, float(alphas[1])))
+        start, near, far = _nonnegative(equations.astype(float), np.array([small, inside, across]))
+        return start, (near, far)
 
     def _class(self, pairs_WW: Any, small: float, alpha: float) -> Link:
         """One class of links: all its pairs of ranks at once, then one rank of each host alone."""
@@ -175,6 +175,20 @@ class _Measuring:
         told = agreed([*seconds[1:], *cpu[1:]], self._topology)
         slowest = np.sort(told[:, :turns].max(0))
         return float(slowest[turns // 4]), float(np.sort(told[:, turns:].sum(0))[turns // 4])
+
+
+def _nonnegative(equations: FloatArray, values: FloatArray) -> list[float]:
+    """The least-squares solution of few equations without its negative unknowns, one by one the most negative."""
+    kept = list(range(equations.shape[1]))
+    while True:
+        found = np.linalg.lstsq(equations[:, kept], values, rcond=None)[0]
+        if (found >= 0).all():
+            break
+        del kept[int(found.argmin())]
+    solution = [0.0] * equations.shape[1]
+    for unknown, value in zip(kept, found.tolist(), strict=True):
+        solution[unknown] = value
+    return solution
 
 
 def agreed(values: Sequence[float], topology: Topology) -> FloatArray:
