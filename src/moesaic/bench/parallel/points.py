@@ -7,7 +7,7 @@ from typing import Any
 
 from moesaic.bench.parallel.bench_layer import BenchLayer
 from moesaic.bench.parallel.plans import fixed_plans
-from moesaic.bench.parallel.turns import race
+from moesaic.bench.parallel.turns import race, take_turns
 from moesaic.bench.parallel.work import Work
 from moesaic.parallel.candidates import exchanges
 from moesaic.parallel.cost import Pricing
@@ -56,6 +56,16 @@ def measure_point(work: dict[str, Any], seconds: float) -> dict[str, Any]:
         "steps": steps,
         "error": error,
     }
+
+
+def measure_turns(work: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every fixed plan's steps and of the choice's, each contender once in every round."""
+    layer = bench_layer(Work(**work))
+    topology = layer.auto.topology
+    rules = fixed_plans(layer.work.num_experts, topology.size, exchanges(topology, Wish()))
+    _settle(layer)
+    steps = {AUTO: layer.chosen, **{name: layer.fixed(rule) for name, rule in rules.items()}}
+    return {name: list(each.seconds) for name, each in take_turns(steps, rounds).items()}
 
 
 def _settle(layer: BenchLayer) -> int:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moesaic.bench.parallel.points import measure_point
+from moesaic.bench.parallel.against_tutel import measure_tutel
+from moesaic.bench.parallel.points import measure_point, measure_turns
+from moesaic.bench.parallel.sides import measure_exchanges, measure_overlap
 from moesaic.bench.parallel.transfer import measure_transfer
 
 TASKS: dict[str, Callable[..., Any]] = {
+    "exchanges": measure_exchanges,
+    "overlap": measure_overlap,
     "point": measure_point,
     "transfer": measure_transfer,
+    "turns": measure_turns,
+    "tutel": measure_tutel,
 }

@@ -11,11 +11,10 @@ from torch import distributed
 from moesaic.bench.timing import Times, alternate
 
 Step = Callable[[], object]
-_FIRST_ROUNDS = 2
-_LEAST_ROUNDS = 3
-_MOST_ROUNDS = 15
-# What takes this many times as long as the best of the first rounds need not be timed more exactly.
-_HOPELESS = 1.3
+# What takes so many times as long as the best is not timed again: after one round, and after one more.
+_HOPELESS = (1.6, 1.25)
+_LEAST_ROUNDS = 4
+_MOST_ROUNDS = 16
 
 
 def seconds_of(step: Step) -> float:
@@ -35,16 +34,21 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
 
 
 def race(steps: Mapping[str, Step], seconds: float, always: tuple[str, ...] = ()) -> dict[str, Times]:
-    """As :func:`take_turns`; after two rounds only with those that may still be the fastest, and ``always``.
+    """As :func:`take_turns`; after each of the first two rounds only those go on that may still be the fastest.
 
     Args:
-        seconds: about how long the later rounds may take, of which there are between 3 and 15.
+        seconds: about how long the later rounds may take, of which there are between 4 and 16.
+        always: names that go on whatever they take.
+
+    Returns:
+        The times of all; those of the fastest and of ``always`` are the later rounds' alone.
     """
     for step in steps.values():
         step()
-    first = take_turns(steps, _FIRST_ROUNDS)
-    best = min(each.median for name, each in first.items())
-    last = {name: step for name, step in steps.items() if name in always or first[name].median <= _HOPELESS * best}
-    round_seconds = sum(first[name].median for name in last)
-    more = take_turns(last, max(_LEAST_ROUNDS, min(_MOST_ROUNDS, round(seconds / round_seconds))))
-    return {name: Times((*each.seconds, *more[name].seconds)) if name in more else each for name, each in first.items()}
+    found, left = {}, dict(steps)
+    for hopeless in _HOPELESS:
+        found.update(take_turns(left, 1))
+        best = min(found[name].median for name in left)
+        left = {name: step for name, step in left.items() if name in always or found[name].median <= hopeless * best}
+    round_seconds = sum(found[name].median for name in left)
+    return found | take_turns(left, max(_LEAST_ROUNDS, min(_MOST_ROUNDS, round(seconds / round_seconds))))
