@@ -110,7 +110,7 @@ class _Calls:
         """Three times make three terms: few rows on one expert, as many on each, many rows on one."""
         one = self._seconds(_FEW, 1, grad)
         rows, many = _FEW, one
-        while rows < _MOST and many < _LONG:
+        while rows == _FEW or (rows < _MOST and many < _LONG):
             rows *= 4
             many = self._seconds(rows, 1, grad)
         per_row = max(0.0, many - one) / (rows - _FEW)
@@ -138,7 +138,7 @@ class _Calls:
         return self._slowest(functools.partial(_call, weights, x_ND, ids_N1, scale_N1, grad))
 
     def _slowest(self, work: Callable[[], object] | None) -> float:
-        """What the slowest rank takes, of a few turns the undisturbed ones."""
+        """What the slowest rank takes, in the middle one of a few turns."""
         seconds = []
         for _ in range(1 + _TURNS):
             agreed([0.0], self._topology)  # all ranks begin together
@@ -148,7 +148,7 @@ class _Calls:
                 if self._topology.device != "cpu":
                     torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - start)
-        return float(np.sort(agreed(seconds[1:], self._topology).max(0))[_TURNS // 4])
+        return float(np.sort(agreed(seconds[1:], self._topology).max(0))[_TURNS // 2])
 
 
 def _call(weights: ExpertWeights, x_ND: Tensor, ids_N1: Tensor, scale_N1: Tensor, grad: bool) -> None:
