@@ -24,7 +24,7 @@ TOKENS = {"equal": (6, 6, 6, 6, 6, 6, 6, 6), "unequal": (9, 4, 0, 13, 1, 0, 6, 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The experts of a layer. D and F are odd on purpose: slices and pieces of them differ in size."""
+    """The experts of a layer. D and F are such that slices differ in size."""
 
     experts: int
     d_model: int = 6
@@ -35,7 +35,15 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole weights in the form in which a module stores them."""
+        """The whole weights as a module stores them."""
+        return {name: self.stored(tensor) for name, tensor in self.plain_tensors().items()}
+
+    def stored(self, plain: Tensor) -> Tensor:
+        """A tensor, or its gradient, as a module stores it."""
+        return plain.transpose(1, 2).contiguous() if self.transposed and plain.ndim == 3 else plain
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """``up`` [E, 2F, D], ``down`` [E, D, F], and biases."""
         generator = torch.Generator().manual_seed(self.experts)
         up = 2 * self.d_ff if self.activation in ("swiglu", "geglu") else self.d_ff
         shapes = {"up": (up, self.d_model), "down": (self.d_model, self.d_ff)}
@@ -59,6 +67,7 @@ class Workload:
     nulls: bool = False
     capacity: float = 0.0
     top_k: int = 2
+    silent: tuple[int, ...] = ()  # ranks whose output nothing depends on
 
     @property
     def geometry(self) -> Geometry:
@@ -96,6 +105,8 @@ class Workload:
         x_TD, upstream_TD = torch.randn(2, len(slots), self.shape.d_model, generator=generator)
         weights_TK = torch.rand(len(slots), top_k, generator=generator) + 0.1
         ids_TK = torch.tensor(slots, dtype=torch.int64).view(len(slots), top_k)
+        if rank in self.silent:
+            upstream_TD.zero_()
         return x_TD.to(self.shape.dtype), ids_TK, weights_TK, upstream_TD.to(self.shape.dtype)
 
     def hottest(self) -> list[int]:
@@ -116,6 +127,12 @@ def workloads(ranks: int, experts: int, routing: str) -> list[Workload]:
 def plans(workload: Workload) -> list[Plan]:
     """Every plan that means something for a workload."""
     return [*tokens_plans(workload), *weights_plans(workload), *hybrid_plans(workload)]
+
+
+def sample(workload: Workload, number: int) -> list[Plan]:
+    """Some of them, others for each workload."""
+    every = plans(workload)
+    return random.Random(str(workload)).sample(every, min(number, len(every)))
 
 
 def tokens_plans(workload: Workload) -> Iterator[Plan]:

@@ -133,31 +133,29 @@ def owned(geometry: Geometry, sizes: Sequence[int]) -> Mapping[int, set[tuple[in
 
 
 def experts_of_ranks(
-    tensors: Mapping[str, Tensor], activation: str, inputs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+    tensors: Mapping[str, Tensor],
+    activation: str,
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    times: int = 1,
 ) -> dict[str, Any]:
     """Outputs and gradients of a layer's experts in float64: each rank's tokens one by one through whole experts.
 
     Args:
         tensors: of all experts.
         inputs: of each rank: features, ids, routing weights, and the gradient of the output.
+        times: so often the output goes through the experts again, by the same ids and weights.
 
     Returns:
         ``output``, and the gradients ``x`` and ``weights``: a tensor for each rank; those of ``tensors``: the mean over
         the ranks.
     """
     parameters = {f"experts.{name}": each.double().requires_grad_() for name, each in tensors.items()}
-    experts = tensors["up"].shape[0]
     answer: dict[str, Any] = {"output": [], "x": [], "weights": []}
     for x, ids, weights, upstream in inputs:
         x, weights = x.double().requires_grad_(), weights.double().requires_grad_()
-        rows = []
-        for token, taken, shares in zip(x, ids.tolist(), weights, strict=True):
-            y = 0 * token
-            for e, share in zip(taken, shares, strict=True):
-                if e < experts:
-                    y = y + share * layer_reference.expert(token, parameters, e, activation)
-            rows.append(y)
-        output = torch.stack(rows) if rows else x * 1
+        output = x
+        for _ in range(times):
+            output = through_experts(output, ids.tolist(), weights, parameters, activation)
         if output.requires_grad:
             (output * upstream.double()).sum().backward()
         answer["output"].append(output.detach())
@@ -168,3 +166,17 @@ def experts_of_ranks(
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         answer[name] = grad.detach() / len(inputs)
     return answer
+
+
+def through_experts(
+    x: Tensor, ids: Slots, weights: Tensor, parameters: Mapping[str, Tensor], activation: str
+) -> Tensor:
+    """One token, one slot at a time."""
+    experts, rows = parameters["experts.up"].shape[0], []
+    for token, taken, shares in zip(x, ids, weights, strict=True):
+        y = 0 * token
+        for e, share in zip(taken, shares, strict=True):
+            if e < experts:
+                y = y + share * layer_reference.expert(token, parameters, e, activation)
+        rows.append(y)
+    return torch.stack(rows) if rows else x * 1

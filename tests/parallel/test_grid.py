@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from tests.parallel import harness, ranks, reference
-from tests.parallel.cases import ROUTINGS, Workload, plans, workloads
+from tests.parallel.cases import ROUTINGS, TOKENS, Shape, Workload, plans, sample, workloads
+from tests.parallel.ranks import Mode
 
 from moesaic.parallel.plan import Plan
 
@@ -26,51 +28,164 @@ GRIDS: dict[int, list[ranks.Grid]] = {
 }
 
 
-@functools.lru_cache(maxsize=4)
-def wanted_of(workload: Workload) -> dict[str, Any]:
+@functools.lru_cache(maxsize=8)
+def wanted_of(workload: Workload, times: int) -> dict[str, Any]:
     inputs = [workload.inputs(rank) for rank in range(workload.ranks)]
-    return reference.experts_of_ranks(workload.shape.tensors(), workload.shape.activation, inputs)
+    shape = workload.shape
+    answer = reference.experts_of_ranks(shape.plain_tensors(), shape.activation, inputs, times)
+    return {name: shape.stored(what) if isinstance(what, torch.Tensor) else what for name, what in answer.items()}
 
 
-def errors(workload: Workload, some: Sequence[Plan], grid: ranks.Grid) -> list[dict[str, float]]:
+def errors(workload: Workload, some: Sequence[Plan], grid: ranks.Grid, mode: Mode) -> list[dict[str, float]]:
     """For each plan, the relative error of each tensor over all ranks together."""
-    wanted = wanted_of(workload)
-    answers = harness.pool(workload.ranks).run(ranks.run, workload, grid, some, wanted)
+    wanted = wanted_of(workload, mode.times)
+    answers = harness.pool(workload.ranks).run(ranks.run, workload, grid, some, wanted, mode)
     sizes = {
         name: math.sqrt(sum(each.norm().item() ** 2 for each in (what if isinstance(what, list) else [what])))
         for name, what in wanted.items()
     }
     return [
-        {name: math.sqrt(sum(answer[name] for answer in by_rank)) / (sizes[name] or 1.0) for name in sizes}
+        {name: math.sqrt(sum(answer[name] for answer in by_rank)) / (sizes[name] or 1.0) for name in by_rank[0]}
         for by_rank in zip(*answers, strict=True)
     ]
 
 
-def assert_right(workload: Workload, some: Sequence[Plan], grid: ranks.Grid, tolerance: float = TOLERANCE) -> None:
+def assert_right(
+    workload: Workload,
+    some: Sequence[Plan],
+    grid: ranks.Grid | None = None,
+    mode: Mode = Mode(),  # noqa: B008  (frozen)
+    tolerance: float = TOLERANCE,
+) -> None:
+    grid = grid or GRIDS[workload.ranks][0]
     wrong = [
         f"{plan}: {off}"
-        for plan, off in zip(some, errors(workload, some, grid), strict=True)
+        for plan, off in zip(some, errors(workload, some, grid, mode), strict=True)
         if not all(value < tolerance for value in off.values())
     ]
     assert not wrong, f"{len(wrong)} of {len(some)} plans are wrong for {workload} on {grid}:\n" + "\n".join(wrong[:5])
 
 
+def check_some(size: int, experts: int, routing: str, number: int) -> None:
+    grids = GRIDS[size]
+    for index, workload in enumerate(workloads(size, experts, routing)):
+        assert_right(workload, sample(workload, number), grids[index % len(grids)])
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("size", RANKS)
-def test_some_plans(size: int, experts: int, routing: str) -> None:
-    """All workloads; of all plans every n-th, another one each time."""
-    for index, workload in enumerate(workloads(size, experts, routing)):
-        every = plans(workload)
-        step = max(1, len(every) // 4)
-        assert_right(workload, every[index % step :: step], GRIDS[size][index % len(GRIDS[size])])
+@pytest.mark.parametrize(("size", "number"), [(1, 4), (2, 3), (3, 2), (4, 1), (8, 1)])
+def test_some_plans(size: int, number: int, experts: int, routing: str) -> None:
+    """All workloads, each by a few of the plans."""
+    check_some(size, experts, routing, number)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize(("size", "number"), [(1, 1000), (2, 1000), (3, 20), (4, 20), (8, 15)])
+def test_most_plans(size: int, number: int, experts: int, routing: str) -> None:
+    """All of them on 1 and 2 ranks; on 3 ranks and more what there is time for, but every one somewhere."""
+    check_some(size, experts, routing, number)
+
+
+SHAPES = {
+    "not gated": {"activation": "relu"},
+    "biases": {"bias": True},
+    "not gated, biases": {"activation": "gelu", "bias": True},
+    "transposed": {"transposed": True, "bias": True},
+    "slices without hidden features": {"d_ff": 2, "bias": True},
+    "one hidden feature, one of the model": {"d_ff": 1, "d_model": 1},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("size", "experts"), [(3, 2), (4, 2), (3, 8)])
+def test_shapes(size: int, experts: int, name: str) -> None:
+    workload = Workload(Shape(experts, **SHAPES[name]), size, tokens=TOKENS["unequal"][:size], nulls=True)
+    assert_right(workload, sample(workload, 6))
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 8), (4, 2)])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_top_k(size: int, experts: int, top_k: int) -> None:
+    workload = Workload(Shape(experts), size, top_k=top_k)
+    assert_right(workload, sample(workload, 6))
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 8), (3, 2)])
+def test_no_tokens_at_all(size: int, experts: int) -> None:
+    workload = Workload(Shape(experts, bias=True), size, tokens=(0,) * size)
+    assert_right(workload, sample(workload, 6))
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 8), (4, 2)])
+def test_bfloat16(size: int, experts: int) -> None:
+    workload = Workload(Shape(experts, bias=True, dtype=torch.bfloat16), size)
+    assert_right(workload, sample(workload, 6), tolerance=2e-2)
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 8), (4, 2)])
+def test_float64(size: int, experts: int) -> None:
+    workload = Workload(Shape(experts, dtype=torch.float64), size)
+    assert_right(workload, sample(workload, 6), tolerance=1e-7)  # routing weights are float32
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 8), (3, 2)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Mode(no_grad=True),
+        Mode(needs=()),
+        Mode(needs=("x",)),
+        Mode(needs=("weights",)),
+        Mode(needs=("up", "down")),
+        Mode(needs=("x", "down")),
+        Mode(times=2),
+        Mode(checkpoint=True),
+        Mode(checkpoint=True, times=2),
+    ],
+    ids=str,
+)
+def test_uses(size: int, experts: int, mode: Mode) -> None:
+    """A layer that is used twice, or run again by gradient checkpointing, has another plan each time."""
+    workload = Workload(Shape(experts), size, tokens=TOKENS["unequal"][:size])
+    assert_right(workload, sample(workload, 6), mode=mode)
+
+
+@pytest.mark.parametrize("silent", [(0,), (1, 2), (0, 1, 2)])
+def test_loss_of_some_ranks(silent: tuple[int, ...]) -> None:
+    workload = Workload(Shape(8), 3, silent=silent)
+    assert_right(workload, sample(workload, 6))
+
+
 @pytest.mark.parametrize("size", RANKS)
-def test_all_plans(size: int, experts: int, routing: str) -> None:
-    for workload in workloads(size, experts, routing):
-        for grid in GRIDS[size]:
-            assert_right(workload, plans(workload), grid)
+def test_every_kind_of_plan_is_met(size: int) -> None:
+    """The samples, taken together, have every strategy with every overlap, exchange, gather and degree."""
+
+    def kind(plan: Plan) -> tuple[Any, ...]:
+        return plan.strategy, plan.overlap, plan.exchange, plan.gather, plan.replicas
+
+    every = [workload for experts in EXPERTS for routing in ROUTINGS for workload in workloads(size, experts, routing)]
+    met = {kind(plan) for workload in every for plan in sample(workload, 15)}
+    assert met == {kind(plan) for workload in every for plan in plans(workload)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"needs": ()}, "differ in whether they compute gradients"),
+        ({"wish": "weights"}, "wish for another strategy"),
+        ({"name": "another"}, "are at another layer"),
+    ],
+)
+def test_ranks_that_do_not_agree(changes: dict[str, Any], reason: str) -> None:
+    for told in harness.pool(3).run(ranks.disagree, Workload(Shape(8), 3), changes):
+        assert told.startswith(f"ParallelError: the ranks do not agree in experts: 1 {reason}")
+
+
+def test_an_error_in_one_rank_is_told_and_forgotten() -> None:
+    workload = Workload(Shape(8), 3)
+    with pytest.raises(harness.RankFailure, match=r"rank 1 of 3:\n(.|\n)*MemoryError: no room"):
+        harness.pool(3).run(ranks.fail, workload)
+    assert_right(workload, sample(workload, 2))
