@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from moesaic.errors import MoesaicError, Told
-from moesaic.train.world import launched
+from moesaic.train.world import joined_by, launched
 
 # Rank 0 speaks where it can: so long the others wait for it, and then for whoever speaks to have spoken.
 _FOR_RANK_0 = timedelta(seconds=2)
@@ -47,25 +48,35 @@ def is_first() -> bool:
 def _is_told_by_another() -> bool:
     """Whether another rank speaks, which has then ended; else this one does."""
     try:
-        handlers = importlib.import_module("torch.distributed.rendezvous")
-        store, rank, _ = next(handlers.rendezvous("env://", timeout=_FOR_THE_SPEAKER))
-        if rank:
-            with contextlib.suppress(dist.DistStoreError):
-                store.wait(["moesaic/speaks"], _FOR_RANK_0)
-        if store.add("moesaic/speakers", 1) > 1:
-            with contextlib.suppress(dist.DistStoreError):
-                store.wait(["moesaic/spoken"], _FOR_THE_SPEAKER)
+        store = PrefixStore("voice", joined_by[-1] if joined_by else _store_of_launcher())
+        if not is_first():
+            _wait_for(store, "speaks", _FOR_RANK_0)
+        if store.add("speakers", 1) > 1:
+            _wait_for(store, "spoken", _FOR_THE_SPEAKER)
             return True
-        store.set("moesaic/speaks", os.environ["RANK"])
+        store.set("speaks", "")
         atexit.register(_leave, store)
     except (RuntimeError, ValueError, OSError):  # the store has gone with its host
         return False
     return False
 
 
+def _store_of_launcher() -> Any:
+    # torchrun keeps its store when it starts the workers anew.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(attempt, next(rendezvous("env://", timeout=_FOR_THE_SPEAKER))[0])
+
+
+def _wait_for(store: Any, key: str, limit: timedelta) -> None:
+    # Not by wait(), whose end PyTorch reports on standard error.
+    end = time.monotonic() + limit.total_seconds()
+    while not store.check([key]) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
 def _leave(store: Any) -> None:
     with contextlib.suppress(RuntimeError):
-        store.set("moesaic/spoken", "")
+        store.set("spoken", "")
 
 
 def _exit_code(error: BaseException) -> int:

@@ -20,9 +20,13 @@ import torch
 import torch.distributed as dist
 
 from moesaic.errors import ConfigError, MoesaicError, TrainingError
+from moesaic.parallel.meeting import fresh_store
 from moesaic.parallel.watch import Watch
 
 T = TypeVar("T")
+
+# The stores of the groups that :func:`joined` has made in this process.
+joined_by: list[Any] = []
 
 # How long ranks wait where one of them prepares something for all, such as the tokens of a large text. One that dies
 # is noticed at once even so.
@@ -152,7 +156,10 @@ def joined(device: torch.device, seconds: float) -> Iterator[World]:
         torch.cuda.set_device(device)
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        limit = timedelta(seconds=seconds)
+        store, rank, size = fresh_store(seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        joined_by.append(store)
     try:
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         writing = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
