@@ -30,7 +30,7 @@ _FEW, _MOST, _LONG = 8, 4096, 0.008
 _TURNS = 3
 _COPIED = 1 << 22
 # What the host does for a pass, and for one chunk of it, beside what grows with the work: Python, mostly.
-_STEP, _CHUNK = 4e-4, 3e-4
+_STEP, _CHUNK = 4e-4, 6e-4
 
 
 @dataclass(frozen=True)

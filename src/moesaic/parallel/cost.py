@@ -18,9 +18,9 @@ from moesaic.parallel.volume import FloatArray, Flow, Places, Volume, Volumes
 from moesaic.parallel.workload import IntArray, Workload
 
 # Copies of a row on either side of an exchange, of an element of weights on either side, and of a chunk's gradient of
-# an own expert, counted in calibrated copies (which pay for fresh memory as well): fitted to the measured steps of 2 and
-# 4 ranks on 2 cores, of which the median error is then 8 %.
-_ROW_COPIES, _WEIGHT_COPIES, _GRADIENT_COPIES = 0.5, 0.5, 1.0
+# an own expert, counted in calibrated copies (which pay for fresh memory as well): fitted to measured steps of 2 and 4
+# ranks on 2 cores.
+_ROW_COPIES, _WEIGHT_COPIES, _GRADIENT_COPIES = 0.5, 0.25, 1.0
 PARTS = ("tokens", "results", "weights", "own", "fetched", "copies", "overhead")
 
 
@@ -86,19 +86,20 @@ class Pricing:
         returned = self._exchange(tuple(flow.back() for flow in volume.weights), item) if is_backward else 0.0
         own, fetched = compute.makespan(own_W, self.machines), compute.makespan(fetched_W, self.machines)
         copies = compute.makespan(copies_W, self.machines)
-        overhead = compute.step + compute.chunk * chunks
+        overhead_W = np.full(self.topology.size, compute.step + compute.chunk * chunks)
+        overhead = compute.makespan(overhead_W, self.machines)
         for name, seconds in zip(
             PARTS,
             (out * chunks, home * chunks, gathered + returned, own * chunks, fetched, copies, overhead),
             strict=True,
         ):
             parts[name] += seconds
-        busy_W = own_W * chunks + fetched_W + copies_W
+        busy_W = own_W * chunks + fetched_W + copies_W + overhead_W
         busy_W = busy_W + self._work(volume.tokens, there, chunks) + self._work(volume.results, back, chunks)
         busy_W = busy_W + self._work(volume.weights, item * (1 + is_backward), 1)
         needed_first = volume.members > 1
         seconds = pipelined(chunks, out, own, home, gathered, fetched, returned, needed_first) + copies + overhead
-        return max(seconds, compute.makespan(busy_W, self.machines) + overhead if compute.lanes else 0.0)
+        return max(seconds, compute.makespan(busy_W, self.machines) if compute.lanes else 0.0)
 
     def _copies(self, volume: Volume, row: int, is_backward: bool, chunks: int) -> FloatArray:
         """``[W]`` seconds of bringing rows and weights into the order in which they travel or are computed."""

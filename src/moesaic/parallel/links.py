@@ -106,7 +106,9 @@ class _Measuring:
     def links(self) -> Links:
         topology = self._topology
         everybody = np.full((topology.size, topology.size), _SMALL)
-        small, _ = self._exchange(topology.group, everybody[topology.rank], everybody[:, topology.rank], _SMALL_TURNS)
+        small, cpu_start = self._exchange(
+            topology.group, everybody[topology.rank], everybody[:, topology.rank], _SMALL_TURNS
+        )
         start, alphas = self._latencies(small)
         near_WW = self._host_W[:, None] == self._host_W
         others_WW = ~np.eye(topology.size, dtype=bool)
@@ -116,8 +118,9 @@ class _Measuring:
         ]
         inside, between = found[0] or found[1], found[1] or found[0]
         assert inside is not None and between is not None
-        cpu = self.cpu if topology.device == "cpu" else 0.0
-        return Links(inside, between, start, cpu)
+        if topology.device != "cpu":  # a device's exchanges take nothing from what computes
+            return Links(inside, between, start)
+        return Links(inside, between, start, self.cpu, cpu_start / topology.size)
 
     def _latencies(self, small: float) -> tuple[float, tuple[float, float]]:
         """Seconds of an exchange beside its messages, and of a message inside a host and between hosts."""
