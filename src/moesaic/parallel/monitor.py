@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from moesaic.errors import ParallelError
+from moesaic.parallel.meeting import meet
 from moesaic.parallel.suspects import Beat, Member, fallen, listed, lost, suspected
 
 # All in intervals. Between the two looks at the others: three beats of a rank that lives.
@@ -75,7 +76,7 @@ class Monitor(threading.Thread):
     operation of the store may block for ever; all that talks to the store is the thread's.
 
     Args:
-        store: of the group's ranks alone.
+        store: of the watches of this group alone; what others have left in it does no harm.
         ranks: of the group's members in the job; ``me`` is this one's place among them.
         timeout, interval: seconds.
 
@@ -88,35 +89,31 @@ class Monitor(threading.Thread):
         self.place = Place()
         self.wake = threading.Event()
         self.size = len(ranks)
-        self._store, self._me, self._rank = store, me, ranks[me]
+        self._me, self._rank = me, ranks[me]
         self._timeout, self._interval = timeout, interval
         self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._holds_store = self._rank == 0 and not self._agent
         self._news = threading.Condition()
         self._wanted = self._served = 0
         self._ended = False
         self._asked: Spot | None = None
         self._verdict, self._verdict_at = "", 0.0
-        self._members = self._met(ranks)
+        self._store, introductions = meet(store, ranks, me, Member.here(self._rank).write(), timeout)
+        self._members = [Member.read(text) for text in introductions]
         # All have waited for the last one: the same moment everywhere.
         self._start = self._seen_at = time.monotonic()
         self._seen = self.place
-        self._publish()
-
-    def _met(self, ranks: Sequence[int]) -> list[Member]:
-        keys = [f"member/{place}" for place in range(len(ranks))]
-        here = f"rank {self._rank} waited {self._timeout:.1f} s for all ranks to start"
         try:
-            self._store.set(f"beat/{self._me}", Beat(0.0, 0, False, str(self.place)).write())
-            self._store.set(keys[self._me], Member.here(self._rank).write())
-            self._store.wait(keys, timedelta(seconds=self._timeout))
-            return [Member.read(text) for text in self._store.multi_get(keys)]
+            self._publish()
+            # A first beat of everybody, so that none has to be waited for later.
+            self._store.wait(self._beat_keys(), timedelta(seconds=timeout))
         except RuntimeError as error:
-            try:
-                late = [f"rank {rank}" for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
-            except RuntimeError:
-                late = []
-            why = f"{listed(late, ', ')} did not come" if late else f"their store has failed ({error})"
-            raise ParallelError(f"{here}: {why}") from error
+            raise ParallelError(
+                f"rank {self._rank}: one of the ranks, or their store, ended at once: {error}"
+            ) from error
+
+    def _beat_keys(self) -> list[str]:
+        return [f"beat/{place}" for place in range(self.size)]
 
     # In the main thread:
 
@@ -142,7 +139,7 @@ class Monitor(threading.Thread):
         return f"rank {self._rank} {waited}: {line}"
 
     def stop(self) -> None:
-        """Say that this rank ends, and end the thread."""
+        """Say that this rank ends, and end the thread; takes at most two intervals."""
         self._ended = True
         if self.is_alive():
             self.tell()
@@ -166,6 +163,13 @@ class Monitor(threading.Thread):
                 self._served = wanted
                 self._news.notify_all()
             look = self._seek(look, time.monotonic())
+        if self._holds_store:
+            self._see_off(time.monotonic() + self._interval)
+
+    def _see_off(self, limit: float) -> None:
+        """Wait for the others to end: the store, which goes with this process, is what they say so to."""
+        while time.monotonic() < limit and not all(beat.ended or beat.error for beat in self._beats()):
+            time.sleep(self._interval / 16)
 
     def _publish(self) -> None:
         place = self.place
@@ -209,23 +213,24 @@ class Monitor(threading.Thread):
         return None if clauses or final else look
 
     def _clauses(self, look: _Look, spot: Spot, final: bool) -> list[str]:
-        after = self._beats() if final else look.beats
-        if not (after and look.beats):
+        now = look.beats
+        if final or (now and fallen(self._members, now, now, self._me, False)):
+            now = self._beats()  # what a process that is gone said at its end is newer than the first look
+        if not (now and look.beats):
             # The kernel may not have buried yet who held the store.
             buried = time.monotonic() - look.since > self._interval / 2
             return lost(self._members, self._me) or ([self._storeless()] if buried else [])
-        found = fallen(self._members, look.beats, after, self._me, final)
+        found = fallen(self._members, look.beats, now, self._me, final)
         if found or not final or (spot.is_guard and self._asked is None):
             return found
-        return suspected(self._members, after, self._me, spot.words)
+        return suspected(self._members, now, self._me, spot.words)
 
     def _beats(self) -> list[Beat]:
         """What every rank said last; nothing where the store is gone."""
         if self._store is None:
             return []
         try:
-            keys = [f"beat/{place}" for place in range(self.size)]
-            return [Beat.read(text) for text in self._store.multi_get(keys)]
+            return [Beat.read(text) for text in self._store.multi_get(self._beat_keys())]
         except RuntimeError:
             self._store = None
             return []
@@ -252,7 +257,7 @@ class Monitor(threading.Thread):
 
     def _linger(self) -> None:
         # Who holds the store takes it away by ending: the others have to read first why.
-        if self._rank == 0 and not self._agent:
+        if self._holds_store:
             time.sleep(self._interval)
 
     def _storeless(self) -> str:

@@ -42,7 +42,7 @@ class Member:
         return cls(rank, socket.gethostname(), pid, home, started)
 
     @classmethod
-    def read(cls, text: bytes) -> Member:
+    def read(cls, text: str) -> Member:
         return cls(**json.loads(text))
 
     def write(self) -> str:
