@@ -18,13 +18,13 @@ from moesaic.bench.parallel.run import Run
 from moesaic.bench.parallel.work import ROUTINGS, Work
 from moesaic.bench.part import Part
 from moesaic.bench.targets import Verdict
+from moesaic.parallel.plan import AUTO
 
 FloatArray = npt.NDArray[np.float64]
 
 TOKENS, EXPERTS = (256, 1024, 4096, 16384), (4, 16, 64)
 TOP_K, D_MODEL, D_FF = 2, 64, 128
 SETTINGS = (Setting(4, 1, 1.0), Setting(4, 1, 10.0), Setting(4, 1), Setting(1, 2), Setting(1, 4))
-AUTO = "auto"
 _SECONDS = 1.0
 _QUICK_TOKENS, _QUICK_SECONDS = (256, 4096), 0.3
 HEADER = (

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from statistics import median
 
 from moesaic.bench.parallel import against_tutel, grid, tutel
-from moesaic.bench.parallel.grid import AUTO
 from moesaic.bench.parallel.lab import Setting
 from moesaic.bench.parallel.ranks import started
 from moesaic.bench.parallel.run import Run
@@ -17,8 +16,7 @@ from moesaic.bench.parallel.work import Work
 from moesaic.bench.part import Part
 from moesaic.bench.report import milliseconds
 from moesaic.bench.targets import Verdict
-
-Times = Mapping[str, list[float]]
+from moesaic.parallel.plan import AUTO, STRATEGIES
 
 _SLOW = Setting(4, 1, 1.0)
 _LINKS = (Setting(4, 1, 1.0), Setting(4, 1, 10.0), Setting(4, 1), Setting(1, 4))
@@ -38,40 +36,30 @@ def run_links(run: Run) -> Part:
     return Part("The links, through Gloo", header, rows, [], run.skipped(_LINKS))
 
 
-_HOT = (
-    Work(4096, 16, 1, 256, 512, "half", False),
-    Work(4096, 16, 1, 256, 512, "half", True),
-    Work(4096, 16, 2, 256, 512, "half", False),
-    Work(4096, 16, 2, 256, 512, "half", True),
-)
+# Fine-grained experts, half as wide as the model.
+_HOT = tuple(Work(8192, 16, top_k, 256, 128, "half", training) for top_k in (1, 2) for training in (False, True))
 
 
 def run_hot(run: Run) -> Part:
     """One expert that half of all slots want, at 1 Gbit/s."""
-    rows, verdicts = [], []
-    works = _HOT[:1] if run.quick else _HOT
+    rows, verdicts, lines = [], [], run.skipped((_SLOW,))
     for setting in run.possible((_SLOW,)):
         with started(setting) as ranks:
-            for work in works:
-                times = ranks.ask({"task": "turns", "work": asdict(work), "rounds": 3 if run.quick else 5})
-                best = {strategy: _best(times, strategy) for strategy in ("tokens", "weights", "hybrid", AUTO)}
-                ratio = best["tokens"][1] / best["hybrid"][1]
-                run.tell(f"{work}: tokens / hybrid {ratio:.2f}")
-                told = f"K{work.top_k}, {'training' if work.training else 'forward'}"
-                cells = (f"{milliseconds(seconds)} ({name})" for name, seconds in best.values())
-                rows.append((told, *cells, f"{ratio:.2f}x"))
+            for work in _HOT[:1] if run.quick else _HOT:
+                told = ranks.ask({"task": "strategies", "work": asdict(work), "rounds": 5})
+                found = {strategy: median(times) for strategy, times in told["times"].items()}
+                ratio = found["tokens"] / found["hybrid"]
+                run.tell(f"{work}: tokens / hybrid {ratio:.2f}, {told['chosen']}")
+                name = f"K{work.top_k}, {'training' if work.training else 'forward'}"
+                cells = (milliseconds(found[strategy]) for strategy in (*STRATEGIES, AUTO))
+                rows.append((name, *cells, f"{ratio:.2f}x"))
+                lines.append(f"{name}: {told['chosen']['tokens']}; {told['chosen']['hybrid']}")
                 if work.top_k == 1:
                     verdicts.append(Verdict("hot", f"{setting}, {work}", "tokens / hybrid", 2.0, ratio))
-    title = f"One hot expert: {_SLOW}, 4096 tokens a rank, E16 D256 F512, fp32 SwiGLU, half of all slots to one expert"
-    header = ("", "tokens, ms", "weights, ms", "hybrid, ms", "auto, ms", "tokens / hybrid")
-    return Part(title, header, rows, verdicts, run.skipped((_SLOW,)))
-
-
-def _best(times: Times, strategy: str) -> tuple[str, float]:
-    """The fastest plan of a strategy, without the strategy's name, and its median."""
-    medians = {name: median(found) for name, found in times.items() if name.split(",")[0] == strategy}
-    name = min(medians, key=medians.__getitem__)
-    return name.partition(", ")[2] or "chosen", medians[name]
+    title = (
+        f"One hot expert: {_SLOW}, 8192 tokens a rank, E16 D256 F128, fp32 SwiGLU, half of all slots to one expert; ms"
+    )
+    return Part(title, ("", *STRATEGIES, AUTO, "tokens / hybrid"), rows, verdicts, lines)
 
 
 _OVERLAP = Setting(2, 1, 1.0)
@@ -97,13 +85,13 @@ def run_overlap(run: Run) -> Part:
                 reached = ideal / found[str(chunks)]
                 run.tell(f"{work}, F{work.d_ff}: {reached:.0%} of the ideal with {chunks} chunks")
                 told = f"F{work.d_ff}, {'training' if work.training else 'forward'}"
-                names = (COMPUTE, COMMUNICATION, *map(str, _OVERLAPS), AUTO)
-                rows.append((told, *(milliseconds(found[name]) for name in names), f"{reached:.0%} ({chunks})"))
+                columns = (COMPUTE, COMMUNICATION, *map(str, _OVERLAPS), AUTO)
+                rows.append((told, *(milliseconds(found[name]) for name in columns), f"{reached:.0%} ({chunks})"))
                 what = f"ideal / {chunks} chunks"
                 verdicts.append(Verdict("overlap", f"{setting}, {told}", what, 0.7, reached, "%"))
     title = f"Overlap: {_OVERLAP}, tokens travel, 8192 tokens a rank, E8 K1 D256, fp32 SwiGLU; ms"
-    chunks = ("1 chunk", *(f"{each} chunks" for each in _OVERLAPS[1:]))
-    header = ("", COMPUTE, COMMUNICATION, *chunks, AUTO, "of max(compute, communication)")
+    names = ("1 chunk", *(f"{each} chunks" for each in _OVERLAPS[1:]))
+    header = ("", COMPUTE, COMMUNICATION, *names, AUTO, "of max(compute, communication)")
     return Part(title, header, rows, verdicts, run.skipped((_OVERLAP,)))
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from moesaic.bench.parallel.bench_layer import BenchLayer
 from moesaic.bench.parallel.plans import fixed_plans
-from moesaic.bench.parallel.turns import race, take_turns
+from moesaic.bench.parallel.turns import Step, race, take_turns
 from moesaic.bench.parallel.work import Work
 from moesaic.parallel.candidates import exchanges
 from moesaic.parallel.cost import Pricing
-from moesaic.parallel.plan import Wish
+from moesaic.parallel.plan import AUTO, STRATEGIES, Wish
+from moesaic.parallel.setting import use_strategy
 
-AUTO = "auto"
 # The choice is in its steady state when it has explored nothing in so many steps.
 _QUIET_STEPS = 3
-_MOST_STEPS = 60
+_MOST_STEPS = 40
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +42,7 @@ def measure_point(work: dict[str, Any], seconds: float) -> dict[str, Any]:
     layer = bench_layer(Work(**work))
     topology = layer.auto.topology
     rules = fixed_plans(layer.work.num_experts, topology.size, exchanges(topology, Wish()))
-    steps = _settle(layer)
+    steps = _settle(layer, layer.chosen)
     error = layer.error()
     times = race({AUTO: layer.chosen, **{name: layer.fixed(rule) for name, rule in rules.items()}}, seconds, (AUTO,))
     pricing = Pricing(layer.told.workload, layer.told.links, layer.told.compute, topology)
@@ -58,20 +58,36 @@ def measure_point(work: dict[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
-def measure_turns(work: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every fixed plan's steps and of the choice's, each contender once in every round."""
+def measure_strategies(work: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Seconds of steps by each strategy that a user may name, whatever it leaves open chosen as always, in turns.
+
+    Returns:
+        ``times`` by strategy; ``chosen``, the plan that was last chosen for it.
+    """
     layer = bench_layer(Work(**work))
-    topology = layer.auto.topology
-    rules = fixed_plans(layer.work.num_experts, topology.size, exchanges(topology, Wish()))
-    _settle(layer)
-    steps = {AUTO: layer.chosen, **{name: layer.fixed(rule) for name, rule in rules.items()}}
-    return {name: list(each.seconds) for name, each in take_turns(steps, rounds).items()}
+    steps = {strategy: _by(layer, strategy) for strategy in (*STRATEGIES, AUTO)}
+    for step in steps.values():
+        _settle(layer, step)
+    times = take_turns(steps, rounds)
+    chosen = {}
+    for strategy, step in steps.items():
+        step()
+        chosen[strategy] = str(layer.auto.last_decision.plan) if layer.auto.last_decision else ""
+    return {"times": {name: list(each.seconds) for name, each in times.items()}, "chosen": chosen}
 
 
-def _settle(layer: BenchLayer) -> int:
+def _by(layer: BenchLayer, strategy: str) -> Step:
+    def step() -> None:
+        with use_strategy(strategy):
+            layer.chosen()
+
+    return step
+
+
+def _settle(layer: BenchLayer, step: Step) -> int:
     quiet = steps = 0
     while quiet < _QUIET_STEPS and steps < _MOST_STEPS:
-        layer.chosen()
+        step()
         decision = layer.auto.last_decision
         assert decision is not None
         quiet = 0 if decision.why == "exploring" else quiet + 1

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, distributed
 
 from moesaic.bench.parallel.bench_layer import BenchLayer
-from moesaic.bench.parallel.points import AUTO, bench_layer
-from moesaic.bench.parallel.turns import take_turns
+from moesaic.bench.parallel.points import bench_layer
+from moesaic.bench.parallel.turns import Step, take_turns
 from moesaic.bench.parallel.work import Work, expert_ids
 from moesaic.dispatch import Dispatch
 from moesaic.experts import ExpertWeights, compute
 from moesaic.parallel.candidates import Candidate
 from moesaic.parallel.exchange import EXCHANGES
+from moesaic.parallel.plan import AUTO
 from moesaic.parallel.schedule import Schedule
 
 COMPUTE, COMMUNICATION = "compute alone", "communication alone"
@@ -27,7 +28,7 @@ COMPUTE, COMMUNICATION = "compute alone", "communication alone"
 def measure_overlap(work: dict[str, Any], overlaps: list[int], rounds: int) -> dict[str, list[float]]:
     """Seconds of steps that move tokens, by overlap; of the choice's; and of both sides alone, in turns."""
     layer = bench_layer(Work(**work))
-    steps = {str(overlap): layer.fixed(Candidate("tokens", overlap=overlap)) for overlap in overlaps}
+    steps: dict[str, Step] = {str(overlap): layer.fixed(Candidate("tokens", overlap=overlap)) for overlap in overlaps}
     for step in steps.values():
         step()
     for _ in range(20):

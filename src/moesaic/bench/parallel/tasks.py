@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moesaic.bench.parallel.against_tutel import measure_tutel
-from moesaic.bench.parallel.points import measure_point, measure_turns
+from moesaic.bench.parallel.points import measure_point, measure_strategies
 from moesaic.bench.parallel.sides import measure_exchanges, measure_overlap
 from moesaic.bench.parallel.transfer import measure_transfer
 
@@ -15,6 +15,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     "overlap": measure_overlap,
     "point": measure_point,
     "transfer": measure_transfer,
-    "turns": measure_turns,
+    "strategies": measure_strategies,
     "tutel": measure_tutel,
 }
