@@ -39,11 +39,25 @@ class TestModels:
         for errors in harness.pool(2).run(compare, "moesaic", 4, {"strategy": strategy, "overlap": 2}):
             assert max(errors.values()) < 1e-5, errors
 
+    def test_gradients_of_recomputed_layers(self) -> None:
+        for errors in harness.pool(2).run(recomputed):
+            assert max(errors.values()) < 1e-5, errors
+
     def test_generate(self) -> None:
         assert harness.pool(2).run(generated) == [True, True]
 
     def test_tied_embeddings_stay_tied(self) -> None:
         assert harness.pool(2).run(tied) == [True, True]
+
+
+def recomputed() -> dict[str, float]:
+    model, batch = build("moesaic", 4).train(), tokens(4)
+    alone = copy.deepcopy(model)
+    alone(batch, labels=batch).loss.backward()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    moesaic.parallelize(model)
+    model(mine(batch), labels=mine(batch)).loss.backward()
+    return largest_errors(model, alone)
 
 
 def generated() -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.errors import ParallelError
-from moesaic.experts import ACTIVATIONS, ExpertWeights
+from moesaic.experts import ACTIVATIONS, ExpertWeights, compute_and_tell
 from moesaic.parallel import execute
 from moesaic.parallel.decisions import Decision
 from moesaic.parallel.experts import ParallelExperts
@@ -189,3 +189,32 @@ def fail(workload: Workload) -> None:
 
 def out_of_memory(*arguments: Any) -> None:
     raise MemoryError("no room")
+
+
+def fetched_bytes(workload: Workload) -> tuple[list[int], list[int], list[int]]:
+    """Bytes of the weights that came to this rank: as they were computed with, after the forward pass, and after the
+    backward pass."""
+    experts, chooser = experts_of(workload, (tuple(range(workload.ranks)),))
+    chooser.plans = iter([Plan("weights", tuple(range(workload.shape.experts)))])
+    tensors = {name: each.requires_grad_() for name, each in own_tensors(experts, workload.shape.tensors()).items()}
+    x_TD, ids_TK, weights_TK, upstream_TD = workload.inputs(experts.topology.rank)
+    seen: list[Tensor] = []
+    full: list[int] = []
+
+    def compute(x: Tensor, dispatch: Any, weights: ExpertWeights) -> Any:
+        if not full:
+            seen.extend(weights.tensors().values())
+            full.extend(each.untyped_storage().nbytes() for each in seen)
+        return compute_and_tell(x, dispatch, weights)
+
+    def sizes() -> list[int]:
+        return [each.untyped_storage().nbytes() for each in seen]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "compute_and_tell", compute)
+        # All slots are for experts of the other rank.
+        ids_TK.fill_(workload.shape.experts - 1 - experts.layout.experts_of(experts.topology.rank)[0])
+        output = experts(x_TD, ids_TK, weights_TK, tensors)
+        forward = sizes()
+        output.backward(upstream_TD)
+    return full, forward, sizes()

@@ -189,3 +189,12 @@ def test_an_error_in_one_rank_is_told_and_forgotten() -> None:
     with pytest.raises(harness.RankFailure, match=r"rank 1 of 3:\n(.|\n)*MemoryError: no room"):
         harness.pool(3).run(ranks.fail, workload)
     assert_right(workload, sample(workload, 2))
+
+
+def test_fetched_weights_are_not_kept() -> None:
+    """They are fetched again in the backward pass (Hecate's rematerialization)."""
+    shape = Shape(4)
+    expert_bytes = [each[0].nbytes for each in shape.tensors().values()]
+    for computed, forward, backward in harness.pool(2).run(ranks.fetched_bytes, Workload(shape, 2)):
+        assert computed == expert_bytes
+        assert forward == backward == [0] * len(expert_bytes)

@@ -255,13 +255,13 @@ class TestRanksThatFall:
     def test_killed_in_a_collective(self, job: Job, remote: bool) -> None:
         told = job.run(killed_inside, [0, 1], remote=remote)
         state = "has not answered for " if remote else "has died; "
-        place = "it was last in the gradients exchange of layer mlp.0"
+        place = "it was last seen in the gradients exchange of layer mlp.0"
         assert_all_say(job, told, "the gradients exchange of layer mlp.0", f"{job.name(2)} {state}", place)
         assert job.seconds() < SLACK * BROKEN
 
     def test_killed_between_collectives(self, job: Job) -> None:
         told = job.run(killed_between, [0, 1])
-        clause = f"{job.name(2)} has died; it was last after the tokens exchange of layer mlp.0"
+        clause = f"{job.name(2)} has died; it was last seen after the tokens exchange of layer mlp.0"
         assert_all_say(job, told, "the tokens exchange of layer mlp.1", clause)
         assert job.seconds() < SLACK * BROKEN
 
@@ -270,7 +270,7 @@ class TestRanksThatFall:
     def test_stopped(self, job: Job, remote: bool) -> None:
         told = job.run(stopped, [0, 1], remote=remote)
         state = "has not answered for " if remote else "is stopped and has not answered for "
-        place = "it was last after the tokens exchange of layer mlp.0"
+        place = "it was last seen after the tokens exchange of layer mlp.0"
         assert_all_say(job, told, "the tokens exchange of layer mlp.1", f"{job.name(2)} {state}", place)
         assert job.seconds() < SLACK * SILENT
 
@@ -315,7 +315,7 @@ class TestRanksThatFall:
     def test_a_collective_of_others_in_a_guarded_step(self, job: Job) -> None:
         told = job.run(foreign_collective, [0, 1])
         place = "in step 12, after the tokens exchange of layer mlp.0"
-        assert_all_say(job, told, "step 12", f"{job.name(2)} has died; it was last {place}")
+        assert_all_say(job, told, "step 12", f"{job.name(2)} has died; it was last seen {place}")
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ class TestTheLastResort:
     def test_who_waits_still_when_another_knows_is_ended(self, job: Job) -> None:
         told = job.run(waits_elsewhere, [0, 1])
         assert told[1].startswith("moesaic: error: rank 1 waited ")
-        assert f": {job.name(2)} has died; it was last before its first collective (found by rank 0)" in told[1]
+        assert f": {job.name(2)} has died; it was last seen before its first collective (found by rank 0)" in told[1]
         assert [job.processes[rank].exitcode for rank in (0, 1)] == [0, 1]
 
     def test_a_long_step_among_living_ranks_is_not(self, job: Job) -> None:
@@ -416,7 +416,7 @@ class TestBlame:
         before = [Beat(8.0 - rank / 2, 5, True, "in the barrier") for rank in range(4)]
         after = beats(rank3=before[3])
         assert fallen(ALL, before, after, 0, final=False) == []
-        line = "rank 3 (host a, pid 103) has not answered for 2.5 s; it was last in the barrier"
+        line = "rank 3 (host a, pid 103) has not answered for 2.5 s; it was last seen in the barrier"
         assert fallen(ALL, before, after, 0, final=True) == [line]
 
     def test_a_victim_is_not_the_culprit(self) -> None:

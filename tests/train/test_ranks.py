@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests.parallel import harness
 from tests.train import tiny
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from moesaic.cli.main import run as moesaic
@@ -154,6 +155,21 @@ def test_a_run_goes_on_with_any_number_of_ranks(
     assert f"going on after step {6 if before == 1 else 7}" in said
     assert any(f"processes ({before} then, {after} now)" in line for line in said)
     assert_alike(out, straight)
+
+
+def sizes(out: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a run's newest checkpoint."""
+    checkpoint, _ = newest_good(out / "checkpoints")
+    assert checkpoint is not None
+    entries = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    return {name: list(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+
+
+def test_a_checkpoint_has_one_form_whatever_wrote_it(straight: Path, corpus: list[str], out: Path) -> None:
+    ranks(2, wide(corpus, "steps=3"), out)
+    assert sizes(out) == sizes(straight)
+    for name in ("model.{}", "optimizer.state.{}.exp_avg", "optimizer.state.{}.exp_avg_sq"):
+        assert sizes(out)[name.format("model.layers.0.mlp.experts.up")] == [4, 2, 24, 32]
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def parallelize(
     replicas: int | None = None,
 ) -> Model:
     """Spread a model over ranks, in place; a collective call. Each rank then calls it with tokens of its own, and gets
-    their outputs; all ranks call it equally often.
+    their outputs; all ranks call it equally often, and it itself, not a part of it (FSDP2 gathers the parameters then).
 
     Of W ranks each keeps a part of every layer's expert weights, E/W experts, or, where E < W, a slice of the hidden
     width of some, for ever: see :class:`moesaic.parallel.layout.ExpertLayout`. How a step is carried out over that

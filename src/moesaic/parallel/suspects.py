@@ -127,11 +127,11 @@ def fallen(members: Sequence[Member], before: Sequence[Beat], after: Sequence[Be
         if last.error:
             clauses.append(f"{member} ended with: {last.error}")
         elif state == "gone":
-            clauses.append(f"{member} has died; it was last {last.where}")
+            clauses.append(f"{member} has died; it was last seen {last.where}")
         elif state == "stopped":
-            clauses.append(f"{member} is stopped and {silent}; it was last {last.where}")
+            clauses.append(f"{member} is stopped and {silent}; it was last seen {last.where}")
         elif final and last.elapsed == first.elapsed:
-            clauses.append(f"{member} {silent}; it was last {last.where}")
+            clauses.append(f"{member} {silent}; it was last seen {last.where}")
     return clauses
 
 

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from moesaic.errors import CheckpointError, TrainingError
 from moesaic.hf.state import to_checkpoint
+from moesaic.parallel.watch import is_communication
 from moesaic.train.world import World, portable
 
 MARKER = "complete.json"
@@ -212,11 +213,14 @@ class Checkpoints:
             self._thread = None
 
     def check(self) -> None:
-        """Raise :class:`TrainingError` where a checkpoint could not be written."""
+        """Raise :class:`TrainingError` where a checkpoint could not be written, ``ParallelError`` where a rank is gone."""
         if self._failure is None:
             return
         (step, error), self._failure = self._failure, None
         cause = _root_cause(error)
+        if self.world.size > 1 and is_communication(cause):
+            with self.world.guard(f"writing the checkpoint of step {step}"):  # names the rank
+                raise cause
         raise self.failure(f"the checkpoint of step {step} could not be written", cause) from error
 
     def failure(self, what: str, cause: BaseException) -> TrainingError:

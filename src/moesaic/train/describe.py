@@ -44,7 +44,10 @@ def environment(trainer: Trainer) -> dict[str, Any]:
 def environment_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of two environments differs and makes a resumed run's numbers differ."""
     then = {"processes": 1, **then}  # runs of earlier versions do not say it
-    return [f"{key} ({then.get(key)} then, {now[key]} now)" for key in _MATTERS if then.get(key) != now[key]]
+    changes = {key: f"({then.get(key)} then, {now[key]} now)" for key in _MATTERS if then.get(key) != now[key]}
+    if set(changes) == {"processes"}:
+        return [f"processes {changes['processes']}, which only rounds otherwise"]
+    return [f"{key} {change}" for key, change in changes.items()]
 
 
 def data_note(data: TokenData) -> dict[str, Any]:
