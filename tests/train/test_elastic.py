@@ -22,7 +22,7 @@ from moesaic.train.metrics import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")]
 
 KILLS = 20
-LIMIT = 300.0  # seconds for a run, its restarts included; most of them are imports
+LIMIT = 600.0  # seconds for a run, its restarts included, which mostly import; a third of it without other load
 
 
 class Killer(threading.Thread):
@@ -90,7 +90,6 @@ def test_killed_twenty_times(
     killer.start()
     _, told = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, told
-    Path("/tmp/w/told.txt").write_text(told)
     assert len(killer.newest) == KILLS
     errors = [line for line in told.splitlines() if line.startswith("moesaic: error: ")]
     assert len(errors) == KILLS

@@ -213,7 +213,9 @@ class Checkpoints:
             self._thread = None
 
     def check(self) -> None:
-        """Raise :class:`TrainingError` where a checkpoint could not be written, ``ParallelError`` where a rank is gone."""
+        """Raise :class:`TrainingError` where a checkpoint could not be written; where a rank is gone, an error that
+        names it.
+        """
         if self._failure is None:
             return
         (step, error), self._failure = self._failure, None
