@@ -126,13 +126,17 @@ def workloads(ranks: int, experts: int, routing: str) -> list[Workload]:
 
 def plans(workload: Workload) -> list[Plan]:
     """Every plan that means something for a workload."""
-    return [*tokens_plans(workload), *weights_plans(workload), *hybrid_plans(workload)]
+    return [plan for of_strategy in BY_STRATEGY for plan in of_strategy(workload)]
 
 
 def sample(workload: Workload, number: int) -> list[Plan]:
-    """Some of them, others for each workload."""
-    every = plans(workload)
-    return random.Random(str(workload)).sample(every, min(number, len(every)))
+    """Some of them, others for each workload; as many of each strategy, as long as there are any."""
+    chance = random.Random(str(workload))
+    by_strategy = [list(of_strategy(workload)) for of_strategy in BY_STRATEGY]
+    for each in (by_strategy, *by_strategy):
+        chance.shuffle(each)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_strategy))
+    return list(itertools.islice((plan for plan in in_turn if plan is not None), number))
 
 
 def tokens_plans(workload: Workload) -> Iterator[Plan]:
@@ -154,6 +158,9 @@ def hybrid_plans(workload: Workload) -> Iterator[Plan]:
     options = itertools.product(sets, (1, 2, 4), exchanges(workload), ("direct", "relay"), degrees(workload))
     for (fetched, least), overlap, exchange, gather, replicas in options:
         yield Plan("hybrid", tuple(sorted(fetched)), least, overlap, exchange, gather, replicas)
+
+
+BY_STRATEGY = (tokens_plans, weights_plans, hybrid_plans)
 
 
 def exchanges(workload: Workload) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from moesaic.train.metrics import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")]
 
 KILLS = 20
-LIMIT = 600.0  # seconds for a run, its restarts included, which mostly import; a third of it without other load
+LIMIT = 600.0  # seconds for a run, its restarts included, which mostly import
 
 
 class Killer(threading.Thread):

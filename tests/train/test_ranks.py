@@ -110,8 +110,9 @@ def test_its_result_is_used_by_one_process(
 
 
 def test_uneven_shares_and_accumulation_change_no_number(corpus: list[str], out: Path, tmp_path: Path) -> None:
-    # 10 sequences in two parts: 5 over 3 ranks; validation's last batches leave ranks without any.
-    recipe = tiny.recipe(corpus, "batch_size=10", "accumulation=2", "steps=3", "model.balancing={z_loss=0.01}")
+    # 5 sequences a part over 3 ranks; in validation, of 6 windows, the last one leaves two ranks without any.
+    words = ["batch_size=10", "accumulation=2", "steps=3", "eval_tokens=96", "model.balancing={z_loss=0.01}"]
+    recipe = tiny.recipe(corpus, *words)
     train(recipe, tmp_path / "one")
     ranks(3, recipe, out)
     assert_alike(out, tmp_path / "one")

@@ -78,7 +78,7 @@ class Topology:
             timeout: seconds after which an exchange that does not end is an error; the process group's by default.
 
         Raises:
-            ConfigError: for a mesh of more than two dimensions, one whose ranks do not rise, or one that this process is
+            ConfigError: for a mesh of more than two dimensions, whose ranks do not rise, or that this process is
                 not in.
         """
         if mesh.ndim > 2:

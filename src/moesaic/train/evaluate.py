@@ -116,9 +116,11 @@ def evaluate(
     try:
         with autocast(device, precision):
             for domain, ids in windows:
-                ids_on_device = ids[world.share(len(ids))].to(device)
+                mine = world.share(len(ids))
+                # All ranks run the model together: who has no sequence left runs one that does not count.
+                ids_on_device = ids[mine if mine.start < mine.stop else slice(1)].to(device)
                 logits = model(input_ids=ids_on_device[:, :-1], use_cache=False).logits
-                losses = token_losses(logits, ids_on_device[:, 1:])
+                losses = token_losses(logits, ids_on_device[:, 1:])[: mine.stop - mine.start]
                 sums[domain] += float(losses.double().sum())
                 counts[domain] += losses.numel()
     finally:
