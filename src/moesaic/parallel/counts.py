@@ -22,8 +22,8 @@ from moesaic.parallel.workload import IntArray
 
 # PyTorch has renamed it.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# What a rank says beside its counts, in this order.
-_WORDS = ("tokens", "grad", "layer", "wish", "state", "timed", "forward", "backward")
+# What a rank says beside its counts, in this order: words of 32 bits, of 64, and 32-bit floating-point seconds.
+_WORDS, _LONG_WORDS, _SECONDS = ("tokens", "grad", "timed"), ("layer", "wish", "state"), ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Message:
     """What this rank has to tell.
 
     Attributes:
-        counts_E, asked_E, rows_B: int64.
+        counts_E, asked_E, rows_B: int64; asked_E is None where no capacity drops slots, alike on all ranks.
         layer, wish, state: numbers that must be the same on all ranks: of the layer and its sizes, of what the user
             wishes for, and of what decisions depend on.
         timed, forward, backward: a decision and its seconds, 0 where there is none.
     """
 
     counts_E: Tensor
-    asked_E: Tensor
+    asked_E: Tensor | None
     rows_B: Tensor
     tokens: int
     grad: bool
@@ -72,6 +72,11 @@ class Message:
     backward: float
 
 
+def message_bytes(layout: ExpertLayout) -> int:
+    """The size of what a rank tells of a step in which no capacity drops slots."""
+    return 4 * (layout.num_experts + layout.blocks + len(_WORDS) + 2 * len(_LONG_WORDS) + len(_SECONDS))
+
+
 def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) -> Told:
     """Exchange messages; a collective call.
 
@@ -79,30 +84,39 @@ def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) 
         ParallelError: where the ranks are not at the same layer, wish for different strategies, differ in whether they
             compute gradients, or have come to different decisions: which ranks, and in what.
     """
-    nanoseconds = [round(1e9 * seconds) for seconds in (message.forward, message.backward)]
-    words = [message.tokens, int(message.grad), message.layer, message.wish, message.state, message.timed]
-    device = message.counts_E.device
-    own = torch.cat(
-        [message.counts_E, message.asked_E, message.rows_B, torch.tensor(words + nanoseconds, device=device)]
-    )
+    own = _packed(message)
     all_W = own.new_empty(topology.size * own.numel())
     count("counts", (topology.size - 1) * own.nbytes)
     _all_gather(all_W, own, group=topology.group)
     told = all_W.view(topology.size, -1).cpu().numpy()
-    experts, blocks = layout.num_experts, layout.blocks
-    by_word = dict(zip(_WORDS, told[:, 2 * experts + blocks :].T, strict=True))
+    experts = layout.num_experts
+    sizes = (experts, 0 if message.asked_E is None else experts, layout.blocks, len(_WORDS), 2 * len(_LONG_WORDS))
+    counts_WE, asked_WE, rows_WB, words, long_words, seconds = np.split(told, np.cumsum(sizes), axis=1)
+    by_word = dict(zip(_WORDS, words.T.astype(np.int64), strict=True))
+    by_word |= dict(zip(_LONG_WORDS, np.ascontiguousarray(long_words).view(np.int64).T, strict=True))
     _check(by_word, topology, name)
+    forward_W, backward_W = np.ascontiguousarray(seconds).view(np.float32).T.tolist()
     same = bool((by_word["timed"] == by_word["timed"][0]).all())
     return Told(
-        counts_WE=told[:, :experts],
-        asked_WE=told[:, experts : 2 * experts],
-        rows_WB=told[:, 2 * experts : 2 * experts + blocks],
+        counts_WE=counts_WE.astype(np.int64),
+        asked_WE=(counts_WE if message.asked_E is None else asked_WE).astype(np.int64),
+        rows_WB=rows_WB.astype(np.int64),
         tokens_W=by_word["tokens"],
         grad=bool(by_word["grad"][0]),
         timed=int(by_word["timed"][0]) if same else 0,
-        forward_W=tuple((by_word["forward"] / 1e9).tolist()),
-        backward_W=tuple((by_word["backward"] / 1e9).tolist()),
+        forward_W=tuple(forward_W),
+        backward_W=tuple(backward_W),
     )
+
+
+def _packed(message: Message) -> Tensor:
+    """The message as int32: every rank gets it of every other one, so it should be small."""
+    words = torch.tensor([message.tokens, int(message.grad), message.timed], dtype=torch.int32)
+    long_words = torch.tensor([message.layer, message.wish, message.state], dtype=torch.int64)
+    seconds = torch.tensor([message.forward, message.backward], dtype=torch.float32)
+    beside = torch.cat([words, long_words.view(torch.int32), seconds.view(torch.int32)])
+    counts = [each for each in (message.counts_E, message.asked_E, message.rows_B) if each is not None]
+    return torch.cat([*(each.int() for each in counts), beside.to(message.counts_E.device)])
 
 
 def number_of(text: str) -> int:

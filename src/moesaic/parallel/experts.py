@@ -146,7 +146,7 @@ class ParallelExperts:
         timing = next((each for each in self._timings if each.backward is not None), _Timing(0, 0.0, 0.0))
         message = Message(
             counts_E=self.own_counts_E,
-            asked_E=self.own_counts_E if asked_E is None else asked_E,
+            asked_E=asked_E,
             rows_B=wanted_TB.sum(0),
             tokens=x_TD.shape[0],
             grad=grad,

@@ -54,7 +54,7 @@ class Layer:
 
     def loads(self, bin_of: IntArray) -> FloatArray:
         """``[B]``: the load of each bin."""
-        return np.bincount(bin_of, weights=self.load, minlength=len(self.limit))
+        return np.bincount(bin_of, weights=self.load, minlength=len(self.limit)).astype(np.float64)
 
     def fits(self, bin_of: IntArray) -> bool:
         """Whether no bin has more load than its limit."""

@@ -119,7 +119,7 @@ class _Tokens:
 
     def _on_bins(self, bin_of: IntArray) -> FloatArray:
         """``[S, B]``: how many units of each set are in each bin."""
-        return self.sets @ np.eye(len(self.layer.limit), dtype=np.float32)[bin_of]
+        return self.sets @ np.eye(len(self.layer.limit))[bin_of]
 
     def _paired(self, bin_of: IntArray) -> float:
         return float(self.together[bin_of[:, None] == bin_of[None, :]].sum())

@@ -16,6 +16,7 @@ from moesaic.parallel.candidates import exchanges, search
 from moesaic.parallel.clusters import Device, Wire, links
 from moesaic.parallel.compute import Compute
 from moesaic.parallel.cost import PlanEstimate, Pricing
+from moesaic.parallel.counts import message_bytes
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.plan import STRATEGIES, Plan, Wish
 from moesaic.parallel.topology import Topology
@@ -26,8 +27,6 @@ from moesaic.parallel.workload import Workload
 _LAUNCH = 2e-5
 # Ranks whose routing is drawn; the others repeat theirs.
 _DRAWN = 256
-# What the counts exchange says: two counts an expert, one a block, eight numbers, in 64 bits each.
-_WORD = 8
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,10 @@ def simulate(cluster: Cluster, step: Step, seed: int = 0) -> Simulated:
     names = exchanges(topology, Wish())
     static = pricing.estimate(Plan("tokens"))
     best = {strategy: search(pricing, Wish(strategy), names)[0][1] for strategy in STRATEGIES}
-    words = 2 * step.num_experts + workload.layout.blocks + 8
     near = min(cluster.per_host, cluster.ranks) - 1
     far = cluster.ranks - 1 - near
     # A ring hands every message on: each link carries all but one of them.
     slowest = wires.between if far else wires.inside
     latency = near * wires.inside.alpha + far * wires.between.alpha
-    counts = wires.start + latency + (near + far) * words * _WORD * slowest.beta
+    counts = wires.start + latency + (near + far) * message_bytes(workload.layout) * slowest.beta
     return Simulated(cluster, step, static, best, counts)
