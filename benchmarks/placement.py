@@ -15,7 +15,7 @@ import numpy as np
 
 from moesaic.inspect import RoutingTrace
 from moesaic.inspect.placement import held_out_tokens
-from moesaic.parallel.placement import OBJECTIVES, LayerRouting, Placement, place, traffic
+from moesaic.parallel.placement.place import OBJECTIVES, LayerRouting, Placement, place, traffic
 
 # Experts, layers, experts a token, ranks.
 OLMOE = (64, 16, 8, 8)

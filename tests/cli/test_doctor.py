@@ -10,9 +10,9 @@ from moesaic.cli.main import run
 from moesaic.experts.native import library, limits
 from moesaic.experts.native.limits import Native
 from moesaic.hardware import Speed
-from moesaic.parallel import network
-from moesaic.parallel.links import Link, Links
-from moesaic.parallel.network import Network
+from moesaic.parallel.choice import network
+from moesaic.parallel.choice.links import Link, Links
+from moesaic.parallel.choice.network import Network
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from moesaic.cli.place import _told, command
 from moesaic.hf.load import load_model
 from moesaic.inspect import RoutingTrace, inspect_folder
 from moesaic.inspect.placement import held_out_tokens
-from moesaic.parallel.placement import MAX_IMBALANCE, LayerRouting, Placement, place, traffic
+from moesaic.parallel.placement.place import MAX_IMBALANCE, LayerRouting, Placement, place, traffic
 
 
 @pytest.fixture(scope="module")

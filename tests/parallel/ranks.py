@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.errors import ParallelError
 from moesaic.experts import ACTIVATIONS, ExpertWeights, compute_and_tell
 from moesaic.parallel import execute
-from moesaic.parallel.decisions import Decision
+from moesaic.parallel.choice.decisions import Decision
 from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.fields import ExpertForm
 from moesaic.parallel.layout import ExpertLayout

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from moesaic.autotune.prior import Cost
-from moesaic.parallel.compute import Compute
+from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.links import Link, Links
 from moesaic.parallel.layout import ExpertLayout
-from moesaic.parallel.links import Link, Links
 from moesaic.parallel.topology import Topology
 from moesaic.parallel.workload import Workload
 

@@ -19,11 +19,11 @@ from tests.parallel.steps import COMPUTE, FAST, GIGABIT, topology, workload
 
 from moesaic.autotune import use_tuning
 from moesaic.errors import ConfigError, UnsupportedError, UsageError
-from moesaic.parallel import decisions
-from moesaic.parallel.chooser import Chooser
-from moesaic.parallel.cost import estimate
+from moesaic.parallel.choice import decisions
+from moesaic.parallel.choice.chooser import Chooser
+from moesaic.parallel.choice.cost import estimate
+from moesaic.parallel.choice.signature import StepSignature
 from moesaic.parallel.plan import Plan, Wish
-from moesaic.parallel.signature import StepSignature
 from moesaic.parallel.workload import Workload
 
 HOSTS = topology((0, 0, 1, 1))

@@ -10,13 +10,13 @@ from tests.parallel.steps import COMPUTE, GIGABIT, topology, workload
 
 from moesaic.autotune.prior import Cost
 from moesaic.errors import ConfigError
-from moesaic.parallel.candidates import hottest
-from moesaic.parallel.compute import Compute
-from moesaic.parallel.cost import PARTS, estimate, pipelined
-from moesaic.parallel.links import Link, Links
+from moesaic.parallel.choice.candidates import hottest
+from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.cost import PARTS, estimate, pipelined
+from moesaic.parallel.choice.links import Link, Links
+from moesaic.parallel.choice.volume import Places, Volumes
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.schedule import Schedule
-from moesaic.parallel.volume import Places, Volumes
 
 HOSTS = {2: (0, 0), 3: (0, 1, 1), 4: (0, 1, 0, 1), 6: (0, 0, 1, 1, 2, 2), 8: (0, 0, 0, 0, 1, 1, 1, 1)}
 NONE = Cost(0.0, 0.0, 0.0)

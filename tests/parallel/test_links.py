@@ -9,11 +9,11 @@ import pytest
 from tests.parallel import harness
 from tests.parallel.steps import topology
 
-from moesaic.parallel import links
-from moesaic.parallel.links import Link, Links
-from moesaic.parallel.network import measure_job
+from moesaic.parallel.choice import links
+from moesaic.parallel.choice.links import Link, Links
+from moesaic.parallel.choice.network import measure_job
+from moesaic.parallel.choice.volume import Flow, Places
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.volume import Flow, Places
 
 START, ALPHAS, BETAS, SHARED = 1e-4, (2e-5, 3e-4), (1e-10, 8e-9), (3e-10, 4e-9)
 

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from moesaic.errors import ParallelError
-from moesaic.parallel.meeting import meet
+from moesaic.parallel.liveness.meeting import meet
 
 FOREVER = 60.0  # seconds
 

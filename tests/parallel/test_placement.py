@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from moesaic.errors import ConfigError, DataError, MissingDependencyError
-from moesaic.parallel import placement_rows
-from moesaic.parallel.placement import LayerRouting, Placement, place, traffic
-from moesaic.parallel.placement_program import Layer, Problem, pair_bound, solve_exactly
-from moesaic.parallel.placement_search import balanced, search
+from moesaic.parallel.placement import rows
+from moesaic.parallel.placement.place import LayerRouting, Placement, place, traffic
+from moesaic.parallel.placement.program import Layer, Problem, pair_bound, solve_exactly
+from moesaic.parallel.placement.search import balanced, search
 
 
 def random_routing(
@@ -206,7 +206,7 @@ def test_by_rows_each_layer_is_the_best_of_all(
 
 
 def test_the_search_by_rows_finds_the_best_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement_rows, "LARGEST_SETS", 0)
+    monkeypatch.setattr(rows, "LARGEST_SETS", 0)
     for seed in range(4):
         (layer,) = routing = random_routing([(8, 3)], tokens=40, null=0.1, seed=seed)
         solution = place(routing, 2, max_imbalance=math.inf, objective="rows")

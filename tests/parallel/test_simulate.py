@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moesaic.errors import ConfigError
-from moesaic.parallel.clusters import DEVICES, WIRES, Device, Wire, device, links, wire
-from moesaic.parallel.cost import estimate
+from moesaic.parallel.choice.clusters import DEVICES, WIRES, Device, Wire, device, links, wire
+from moesaic.parallel.choice.cost import estimate
+from moesaic.parallel.choice.simulate import Cluster, Step, simulate
 from moesaic.parallel.plan import Plan
-from moesaic.parallel.simulate import Cluster, Step, simulate
 
 CLUSTER = Cluster(16, 8, WIRES["nvlink3"], WIRES["hdr"], DEVICES["a100"])
 STEP = Step(32, 1024, 2048, 2, 1024)

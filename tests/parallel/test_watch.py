@@ -18,9 +18,9 @@ import torch.distributed as dist
 from tests.parallel.harness import PRELOAD, START
 
 from moesaic.errors import ConfigError, TrainingError
-from moesaic.parallel import suspects
-from moesaic.parallel.suspects import Beat, Member, fallen, listed, suspected
-from moesaic.parallel.watch import Watch, is_communication, one_line
+from moesaic.parallel.liveness import suspects
+from moesaic.parallel.liveness.suspects import Beat, Member, fallen, listed, suspected
+from moesaic.parallel.liveness.watch import Watch, is_communication, one_line
 
 TIMEOUT, INTERVAL = 3.0, 0.5
 FOREVER = 60.0  # seconds; whoever waits so long has not been ended

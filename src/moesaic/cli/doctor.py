@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from moesaic.experts.native.limits import Native
     from moesaic.hardware import Cpu, Device, Speed
-    from moesaic.parallel.links import Link
+    from moesaic.parallel.choice.links import Link
 
 
 def command(
@@ -87,7 +87,7 @@ def _rate_rows(name: str, flop_per_second: dict[str, float]) -> list[tuple[str, 
 
 def _tell_network(as_json: bool) -> None:
     from moesaic.cli.output import print_json, print_table
-    from moesaic.parallel.network import measure_job
+    from moesaic.parallel.choice.network import measure_job
 
     told = measure_job()
     if told.rank:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from moesaic.parallel.cost import PlanEstimate
-    from moesaic.parallel.simulate import Simulated
+    from moesaic.parallel.choice.cost import PlanEstimate
+    from moesaic.parallel.choice.simulate import Simulated
 
 # A plan's experts are many on a large cluster.
 _MOST_FETCHED = 16
@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Estimate one layer's step on a cluster on paper: static expert parallelism, each strategy, and auto's choice."""
     from moesaic.cli.output import print_json
-    from moesaic.parallel import clusters
-    from moesaic.parallel.simulate import Cluster, Step, simulate
+    from moesaic.parallel.choice import clusters
+    from moesaic.parallel.choice.simulate import Cluster, Step, simulate
 
     wires, chip, stored = (clusters.wire(inside), clusters.wire(link)), clusters.device(device), _dtype(dtype)
     points = []
@@ -114,7 +114,7 @@ def _document(point: Simulated) -> dict[str, Any]:
 
 def _print_point(point: Simulated) -> None:
     from moesaic.cli.output import print_table
-    from moesaic.parallel.cost import PARTS
+    from moesaic.parallel.choice.cost import PARTS
 
     step, cluster = point.step, point.cluster
     rows = []

@@ -18,9 +18,9 @@ from moesaic.experts import ExpertWeights
 from moesaic.hf.experts import is_experts_module, stored_experts
 from moesaic.hf.quantized import expert_modules
 from moesaic.layer import MoE
-from moesaic.parallel import compute, links
 from moesaic.parallel.agreement import check_alike, fingerprints
-from moesaic.parallel.chooser import Chooser
+from moesaic.parallel.choice import compute, links
+from moesaic.parallel.choice.chooser import Chooser
 from moesaic.parallel.exchange import EXCHANGES
 from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.fields import ExpertForm

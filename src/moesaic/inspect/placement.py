@@ -16,7 +16,7 @@ from moesaic.hf.placement import MoEBlock, moe_blocks, permute_experts
 from moesaic.hf.save import check_new
 from moesaic.inspect.report import TRACE
 from moesaic.inspect.trace import RoutingTrace
-from moesaic.parallel.placement import (
+from moesaic.parallel.placement.place import (
     MAX_IMBALANCE,
     LayerRouting,
     LayerTraffic,
@@ -49,7 +49,7 @@ def place_folder(
     max_imbalance: float = MAX_IMBALANCE,
     objective: str = "transitions",
 ) -> Placed:
-    """Place the experts of the model in ``path`` by :func:`moesaic.parallel.placement.place`, and say what it saves.
+    """Place the experts of the model in ``path`` by :func:`moesaic.parallel.placement.place.place`; say what it saves.
 
     Optimized is what three of four documents of the trace say; the report's figures are of the others.
 
@@ -60,15 +60,15 @@ def place_folder(
 
     Returns:
         The report has ``ranks``, ``hosts``, ``objective``, ``max_imbalance``, ``seconds`` (that were used), ``tokens``
-        (optimized on, held out), ``programs`` (what :class:`moesaic.parallel.placement_stages.Stage` holds, and its
-        gap), ``before`` and ``after`` (means over the layers of :class:`moesaic.parallel.placement.LayerTraffic`, the
+        (optimized on, held out), ``programs`` (what :class:`moesaic.parallel.placement.stages.Stage` holds, and its
+        gap), ``before`` and ``after`` (:class:`~moesaic.parallel.placement.place.LayerTraffic`, means over layers, the
         largest imbalance) and ``layers``: the same of each, with its number, its experts, ``rank_of_expert`` and
         ``order``: the expert that each position holds in the placed model.
 
     Raises:
         CheckpointError: where there is no usable model, the trace is of another one, or ``out`` exists already.
         UsageError, UnsupportedError: as :func:`moesaic.hf.placement.moe_blocks` and :func:`permute_experts` raise them.
-        ConfigError, DataError, MissingDependencyError: as :func:`moesaic.parallel.placement.place` raises them;
+        ConfigError, DataError, MissingDependencyError: as :func:`moesaic.parallel.placement.place.place` raises them;
             DataError also for a trace that cannot be read or is too short to hold something out.
     """
     check_numbers(ranks, hosts, seconds, max_imbalance, objective)

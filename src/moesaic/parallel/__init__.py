@@ -5,7 +5,7 @@ see :class:`Plan`.
 """
 
 from moesaic.parallel import hierarchical  # noqa: F401  (registers itself)
-from moesaic.parallel.decisions import Decision, explain, record, replay
+from moesaic.parallel.choice.decisions import Decision, explain, record, replay
 from moesaic.parallel.exchange import EXCHANGES, Exchange
 from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.layout import ExpertLayout

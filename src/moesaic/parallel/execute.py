@@ -20,11 +20,11 @@ from moesaic.experts import Choice, compute_and_tell
 from moesaic.parallel.exchange import EXCHANGES, Nothing, Pending
 from moesaic.parallel.fetch import GradientReturn, Tensors, WeightGather
 from moesaic.parallel.holding import Holding
+from moesaic.parallel.liveness.watch import Watch
 from moesaic.parallel.packing import pack, unpack
 from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.selection import NOBODY, Selection
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.watch import Watch
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The experts of one layer over many ranks: tell each other the counts, choose a plan, carry it out.
 
 T tokens · D model width · E experts · K slots per token · W ranks. Follow a token: :meth:`ParallelExperts.__call__`
-here, ``tell`` in ``counts.py``, ``Chooser.choose`` in ``chooser.py``, ``Call`` in ``execute.py``.
+here, ``tell`` in ``counts.py``, ``Chooser.choose`` in ``choice/chooser.py``, ``Call`` in ``execute.py``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from moesaic.experts import Choice
-from moesaic.parallel.chooser import Chooser
+from moesaic.parallel.choice.chooser import Chooser
+from moesaic.parallel.choice.decisions import Decision
 from moesaic.parallel.counts import Message, number_of, tell
-from moesaic.parallel.decisions import Decision
 from moesaic.parallel.execute import Call, Execute
 from moesaic.parallel.fields import ExpertForm
 from moesaic.parallel.holding import Holding
 from moesaic.parallel.layout import ExpertLayout, chunk
+from moesaic.parallel.liveness.watch import Watch
 from moesaic.parallel.plan import Wish
 from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.selection import blocks_wanted
 from moesaic.parallel.setting import current_wish
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.watch import Watch
 from moesaic.parallel.workload import Workload
 
 # Timings that wait to be told: calls whose backward pass never runs must not pile up.

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from moesaic.errors import CheckpointError, TrainingError
 from moesaic.hf.state import to_checkpoint
-from moesaic.parallel.watch import is_communication
+from moesaic.parallel.liveness.watch import is_communication
 from moesaic.train.world import World, portable
 
 MARKER = "complete.json"

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from moesaic.errors import ConfigError, MoesaicError, TrainingError
-from moesaic.parallel.meeting import fresh_store
-from moesaic.parallel.watch import Watch
+from moesaic.parallel.liveness.meeting import fresh_store
+from moesaic.parallel.liveness.watch import Watch
 
 T = TypeVar("T")
 

@@ -10,12 +10,12 @@ from torch import Tensor, distributed, nn
 
 import moesaic
 from moesaic.bench.parallel.work import FixedRouter, Work
-from moesaic.parallel.candidates import Candidate
-from moesaic.parallel.chooser import Chooser
-from moesaic.parallel.decisions import Decision
+from moesaic.parallel.choice.candidates import Candidate
+from moesaic.parallel.choice.chooser import Chooser
+from moesaic.parallel.choice.decisions import Decision
+from moesaic.parallel.choice.signature import StepSignature
 from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.plan import Plan, Wish
-from moesaic.parallel.signature import StepSignature
 from moesaic.parallel.workload import Workload
 
 _SEED = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from moesaic.parallel.candidates import Candidate
+from moesaic.parallel.choice.candidates import Candidate
 from moesaic.parallel.plan import GATHERS
 
 OVERLAPS = (1, 2, 4)

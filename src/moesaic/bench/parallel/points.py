@@ -9,8 +9,8 @@ from moesaic.bench.parallel.bench_layer import BenchLayer
 from moesaic.bench.parallel.plans import fixed_plans
 from moesaic.bench.parallel.turns import Step, race, take_turns
 from moesaic.bench.parallel.work import Work
-from moesaic.parallel.candidates import exchanges
-from moesaic.parallel.cost import Pricing
+from moesaic.parallel.choice.candidates import exchanges
+from moesaic.parallel.choice.cost import Pricing
 from moesaic.parallel.plan import AUTO, STRATEGIES, Wish
 from moesaic.parallel.setting import use_strategy
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moesaic.bench.parallel.run import Run
 from moesaic.bench.part import Part
-from moesaic.parallel.clusters import DEVICES, WIRES
-from moesaic.parallel.simulate import Cluster, Step, simulate
+from moesaic.parallel.choice.clusters import DEVICES, WIRES
+from moesaic.parallel.choice.simulate import Cluster, Step, simulate
 
 RANKS = tuple(2**power for power in range(4, 13))
 _PER_HOST, _PER_RANK, _TOKENS, _TOP_K, _D_MODEL, _D_FF = 8, 2, 4096, 2, 2048, 2048

@@ -17,7 +17,7 @@ from moesaic.bench.parallel.turns import Step, take_turns
 from moesaic.bench.parallel.work import Work, expert_ids
 from moesaic.dispatch import Dispatch
 from moesaic.experts import ExpertWeights, compute
-from moesaic.parallel.candidates import Candidate
+from moesaic.parallel.choice.candidates import Candidate
 from moesaic.parallel.exchange import EXCHANGES
 from moesaic.parallel.plan import AUTO
 from moesaic.parallel.schedule import Schedule

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moesaic.parallel.placement_program import (
+from moesaic.parallel.placement.program import (
     FloatArray,
     IntArray,
     Layer,
@@ -24,7 +24,7 @@ from moesaic.parallel.placement_program import (
     lower_bound,
     minimize,
 )
-from moesaic.parallel.placement_search import PATIENCE, balanced, shuffle, swap_best
+from moesaic.parallel.placement.search import PATIENCE, balanced, shuffle, swap_best
 
 LARGEST_SETS = 2_000
 """Sets times bins of the exact program: beyond it the bound of HiGHS stays where it begins, at a bin for each token."""

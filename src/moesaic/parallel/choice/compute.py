@@ -19,10 +19,10 @@ from moesaic import hardware
 from moesaic.autotune.prior import Cost
 from moesaic.dispatch import Dispatch
 from moesaic.experts import ExpertWeights, compute_and_tell
+from moesaic.parallel.choice.links import agreed
+from moesaic.parallel.choice.volume import FloatArray, Places
 from moesaic.parallel.layout import ExpertLayout
-from moesaic.parallel.links import agreed
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.volume import FloatArray, Places
 from moesaic.parallel.workload import IntArray
 
 # A calibration's rows on one expert: few, and more until one call takes so many seconds.

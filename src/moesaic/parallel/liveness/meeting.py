@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from moesaic.errors import ParallelError
-from moesaic.parallel.suspects import listed
+from moesaic.parallel.liveness.suspects import listed
 
 # Seconds after which a rank looks whether the call that it has answered is still the last one.
 _PATIENCE = 0.5

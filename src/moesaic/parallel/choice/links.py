@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moesaic.parallel.choice.volume import FloatArray, Flow, Places
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.volume import FloatArray, Flow, Places
 
 # Bytes that a rank sends: a message that is all latency, then larger ones until an exchange takes so many seconds.
 _SMALL, _SIZES, _LONG = 64, (1 << 18, 1 << 20, 1 << 22, 1 << 24), 0.015

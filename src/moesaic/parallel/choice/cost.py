@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moesaic.parallel.compute import Compute
-from moesaic.parallel.links import Links
+from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.links import Links
+from moesaic.parallel.choice.volume import FloatArray, Flow, Places, Volume, Volumes
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.volume import FloatArray, Flow, Places, Volume, Volumes
 from moesaic.parallel.workload import IntArray, Workload
 
 # Copies of a row on either side of an exchange, of an element of weights on either side, and of a chunk's gradient of

@@ -17,16 +17,16 @@ import torch
 
 from moesaic.autotune.setting import is_tuning_on
 from moesaic.experts import ExpertWeights
-from moesaic.parallel import compute, links
-from moesaic.parallel.candidates import exchanges, search
-from moesaic.parallel.compute import Compute
-from moesaic.parallel.cost import PlanEstimate, Pricing
-from moesaic.parallel.decisions import Decision, introduce, passed
+from moesaic.parallel.choice import compute, links
+from moesaic.parallel.choice.candidates import exchanges, search
+from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.cost import PlanEstimate, Pricing
+from moesaic.parallel.choice.decisions import Decision, introduce, passed
+from moesaic.parallel.choice.links import Links
+from moesaic.parallel.choice.signature import StepSignature
+from moesaic.parallel.choice.step_timings import Corrections, Kind, Tried
 from moesaic.parallel.layout import ExpertLayout
-from moesaic.parallel.links import Links
 from moesaic.parallel.plan import AUTO, Wish
-from moesaic.parallel.signature import StepSignature
-from moesaic.parallel.step_timings import Corrections, Kind, Tried
 from moesaic.parallel.topology import Topology
 from moesaic.parallel.workload import Workload
 

@@ -12,8 +12,8 @@ from moesaic.errors import UsageError
 from moesaic.parallel.plan import Plan
 
 if TYPE_CHECKING:
-    from moesaic.parallel.chooser import Chooser
-    from moesaic.parallel.signature import StepSignature
+    from moesaic.parallel.choice.chooser import Chooser
+    from moesaic.parallel.choice.signature import StepSignature
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import numpy as np
 
 from moesaic.errors import ConfigError, DataError, did_you_mean
 from moesaic.parallel.layout import chunk
-from moesaic.parallel.placement_program import FloatArray, IntArray, Problem, scipy_optimize
-from moesaic.parallel.placement_stages import Stage, solve, within_limits
+from moesaic.parallel.placement.program import FloatArray, IntArray, Problem, scipy_optimize
+from moesaic.parallel.placement.stages import Stage, solve, within_limits
 
 MAX_IMBALANCE = 1.2
 """The load of a layer's busiest rank, over an even share, that a placement may reach by default."""

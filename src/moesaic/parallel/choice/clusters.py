@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from moesaic.errors import ConfigError, did_you_mean
-from moesaic.parallel.links import Link, Links
+from moesaic.parallel.choice.links import Link, Links
 
 # Seconds of an exchange beside its messages: NCCL's base latency.
 _START = 6.6e-6

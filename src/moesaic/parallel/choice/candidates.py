@@ -13,7 +13,7 @@ import numpy as np
 
 import moesaic.parallel.hierarchical  # noqa: F401  (it registers an exchange)
 from moesaic.errors import UnsupportedError
-from moesaic.parallel.cost import PlanEstimate, Pricing
+from moesaic.parallel.choice.cost import PlanEstimate, Pricing
 from moesaic.parallel.exchange import EXCHANGES
 from moesaic.parallel.plan import AUTO, GATHERS, STRATEGIES, Plan, Wish
 from moesaic.parallel.topology import Topology

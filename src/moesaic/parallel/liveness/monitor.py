@@ -1,4 +1,4 @@
-"""The thread behind a :class:`~moesaic.parallel.watch.Watch`: says how its rank is, and finds who is to blame."""
+"""The thread behind a :class:`~moesaic.parallel.liveness.watch.Watch`: tells how its rank is, finds who is to blame."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from moesaic.errors import ParallelError
-from moesaic.parallel.meeting import meet
-from moesaic.parallel.suspects import Beat, Member, fallen, listed, lost, suspected
+from moesaic.parallel.liveness.meeting import meet
+from moesaic.parallel.liveness.suspects import Beat, Member, fallen, listed, lost, suspected
 
 # All in intervals. Between the two looks at the others: three beats of a rank that lives.
 _LOOK = 1.5

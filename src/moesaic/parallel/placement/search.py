@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from moesaic.parallel.placement_program import (
+from moesaic.parallel.placement.program import (
     Assignment,
     FloatArray,
     IntArray,

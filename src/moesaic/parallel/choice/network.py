@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic.parallel import links
-from moesaic.parallel.links import Links
+from moesaic.parallel.choice import links
+from moesaic.parallel.choice.links import Links
 from moesaic.parallel.topology import Topology
 
 

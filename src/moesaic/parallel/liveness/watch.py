@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 
 from moesaic.errors import ConfigError, MoesaicError, ParallelError
-from moesaic.parallel.monitor import Monitor, Place, Spot, group_store
+from moesaic.parallel.liveness.monitor import Monitor, Place, Spot, group_store
 
 # What Gloo and NCCL say when a peer is gone; PyTorch raises a plain RuntimeError for most of it.
 _COMMUNICATION = re.compile(

@@ -10,10 +10,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from moesaic.autotune.timings import ENOUGH, Samples
-from moesaic.parallel.candidates import Candidate
-from moesaic.parallel.cost import PlanEstimate
-from moesaic.parallel.decisions import Expected
-from moesaic.parallel.signature import StepSignature
+from moesaic.parallel.choice.candidates import Candidate
+from moesaic.parallel.choice.cost import PlanEstimate
+from moesaic.parallel.choice.decisions import Expected
+from moesaic.parallel.choice.signature import StepSignature
 
 # Candidates of a kind, and how much slower than the best one of them may seem: by a prediction that nothing has
 # corrected yet, by a corrected one, by its own timings.

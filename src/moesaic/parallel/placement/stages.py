@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.parallel.placement_program import (
+from moesaic.parallel.placement.program import (
     LARGEST_PROGRAM,
     Assignment,
     FloatArray,
@@ -18,8 +18,8 @@ from moesaic.parallel.placement_program import (
     pair_bound,
     solve_exactly,
 )
-from moesaic.parallel.placement_rows import place_for_rows
-from moesaic.parallel.placement_search import balanced, relabel, search
+from moesaic.parallel.placement.rows import place_for_rows
+from moesaic.parallel.placement.search import balanced, relabel, search
 
 _EQUAL = 1e-9
 _SEARCH_SHARE = 0.3

@@ -12,15 +12,15 @@ import torch
 
 from moesaic.autotune.prior import Cost
 from moesaic.errors import ConfigError
-from moesaic.parallel.candidates import exchanges, search
-from moesaic.parallel.clusters import Device, Wire, links
-from moesaic.parallel.compute import Compute
-from moesaic.parallel.cost import PlanEstimate, Pricing
+from moesaic.parallel.choice.candidates import exchanges, search
+from moesaic.parallel.choice.clusters import Device, Wire, links
+from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.cost import PlanEstimate, Pricing
+from moesaic.parallel.choice.volume import FloatArray
 from moesaic.parallel.counts import message_bytes
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.plan import STRATEGIES, Plan, Wish
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.volume import FloatArray
 from moesaic.parallel.workload import Workload
 
 # Seconds to launch the kernels of one call of the experts, of order: a few kernels of some microseconds.
