@@ -35,8 +35,8 @@ FLOORS = [
 ]
 # Packages whose modules are called otherwise.
 MODULES = {"llama_cpp_python": "llama_cpp"}
-# In a process and a Python of its own: it pins versions that no extra of ours could go together with.
-ELSEWHERE = {"vllm"}
+# Peers that no extra of ours could bring: one pins other versions, the other one is built from its source in place.
+ELSEWHERE = {"vllm", "tutel"}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 

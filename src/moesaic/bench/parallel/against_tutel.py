@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-import moesaic
 from moesaic.bench.parallel.turns import take_turns
 from moesaic.bench.parallel.tutel import tutel_layer
 from moesaic.bench.parallel.work import Work
+from moesaic.config import MoEConfig
+from moesaic.hf.parallelize import parallelize
+from moesaic.layer import MoE
 
 OURS, TUTEL = "moesaic", "Tutel"
 _WARM_STEPS = 25
@@ -31,10 +33,8 @@ def measure_tutel(work: dict[str, Any], capacity_factor: float, hot: float, roun
     """
     point, rank = Work(**work), distributed.get_rank()
     torch.manual_seed(0)
-    config = moesaic.MoEConfig(
-        point.d_model, point.d_ff, point.num_experts, point.top_k, capacity_factor=capacity_factor
-    )
-    whole = moesaic.MoE(config)
+    config = MoEConfig(point.d_model, point.d_ff, point.num_experts, point.top_k, capacity_factor=capacity_factor)
+    whole = MoE(config)
     whole.router.reset_parameters(std=point.d_model**-0.5)
     dice = torch.Generator().manual_seed(rank)
     x_TD, grad_TD = (torch.randn(point.tokens, point.d_model, generator=dice) for _ in range(2))
@@ -43,7 +43,7 @@ def measure_tutel(work: dict[str, Any], capacity_factor: float, hot: float, roun
         with torch.no_grad():
             whole.router.weight[0, 0] += hot
     theirs = tutel_layer(whole, point, capacity_factor)
-    ours = moesaic.parallelize(copy.deepcopy(whole))
+    ours = parallelize(copy.deepcopy(whole))
     runs = {name: _run(layer, x_TD, grad_TD, point.training) for name, layer in ((OURS, ours), (TUTEL, theirs))}
     reference = _run(whole, x_TD, grad_TD, point.training)()
     errors = {name: max(map(_error, run(), reference)) for name, run in runs.items()}

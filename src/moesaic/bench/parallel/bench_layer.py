@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, distributed, nn
 
-import moesaic
 from moesaic.bench.parallel.work import FixedRouter, Work
+from moesaic.config import MoEConfig
+from moesaic.hf.parallelize import parallelize
+from moesaic.layer import MoE
 from moesaic.parallel.choice.candidates import Candidate
 from moesaic.parallel.choice.chooser import Chooser
 from moesaic.parallel.choice.decisions import Decision
@@ -49,10 +51,10 @@ class BenchLayer:
 
     def __init__(self, work: Work) -> None:
         torch.manual_seed(_SEED)
-        config = moesaic.MoEConfig(work.d_model, work.d_ff, work.num_experts, work.top_k)
-        self.whole = moesaic.MoE(config)
+        config = MoEConfig(work.d_model, work.d_ff, work.num_experts, work.top_k)
+        self.whole = MoE(config)
         self.whole.router = FixedRouter(work, 0)  # type: ignore[assignment]
-        self.layer = moesaic.parallelize(copy.deepcopy(self.whole))
+        self.layer = parallelize(copy.deepcopy(self.whole))
         self.auto: ParallelExperts = self.layer.experts.parallel
         chooser = self.auto.chooser
         self.told = Told(chooser.links, chooser.compute, chooser.topology, learn=False)
