@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 from tests.train import tiny
-from tests.train.test_ranks import assert_alike, note, torchrun, wait_for_step, wide, words_of, worker
+from tests.train.test_ranks import ROOT, assert_alike, note, wait_for_step, wide, words_of
 
 from moesaic.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")]
 
-KILLS = 20
-LIMIT = 600.0  # seconds for a run, its restarts included, which mostly import
+KILLS, STEPS = 20, 150
+LIMIT = 600.0  # seconds for a run, its restarts included, on a busy machine
 
 
 class Killer(threading.Thread):
@@ -33,11 +33,11 @@ class Killer(threading.Thread):
             has killed, as errors name it.
     """
 
-    def __init__(self, process: subprocess.Popen[str], out: Path, seed: int) -> None:
+    def __init__(self, process: subprocess.Popen[str], out: Path, pids: Path, seed: int) -> None:
         super().__init__(daemon=True)
         self.newest: list[int] = []
         self.victims: list[str] = []
-        self._process, self._out, self._draw = process, out, random.Random(seed)
+        self._process, self._out, self._pids, self._draw = process, out, pids, random.Random(seed)
 
     def run(self) -> None:
         while len(self.newest) < KILLS and self._process.poll() is None:
@@ -45,7 +45,7 @@ class Killer(threading.Thread):
             wait_for_step(self._out, life + self._draw.randint(1, 4), self._process)
             time.sleep(self._draw.random() * self._step_seconds())
             rank = self._draw.randrange(2)
-            victim = worker(self._process, rank)
+            victim = int((self._pids / str(rank)).read_text())
             self.victims.append(f"rank {rank} (host {socket.gethostname()}, pid {victim})")
             saved = (self._out / "checkpoints").glob("step-*[0-9]")
             self.newest.append(max((int(path.name.removeprefix("step-")) for path in saved), default=0))
@@ -67,6 +67,19 @@ class Killer(threading.Thread):
         return float(8 * 16 / speed)
 
 
+def quick_torchrun(out: Path, words: list[str], pids: Path, *options: str) -> subprocess.Popen[str]:
+    """torchrun as in ``launcher.py``, with two workers."""
+    line = [sys.executable, "-m", "tests.train.launcher", "--nproc-per-node", "2", *options]
+    return subprocess.Popen(
+        [*line, "train", *words, "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PIDS": str(pids)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture
 def running() -> Iterator[list[subprocess.Popen[str]]]:
     """Launchers; those that are still there at the end go, and their workers with them."""
@@ -80,13 +93,13 @@ def running() -> Iterator[list[subprocess.Popen[str]]]:
 def test_killed_twenty_times(
     corpus: list[str], out: Path, tmp_path: Path, running: list[subprocess.Popen[str]]
 ) -> None:
-    words = words_of(wide(corpus, "steps=100", "save_every=3", "threads=1"), tmp_path)
-    straight = torchrun(2, tmp_path / "straight", words)
+    words = words_of(wide(corpus, f"steps={STEPS}", "save_every=3", "threads=1"), tmp_path)
+    straight = quick_torchrun(tmp_path / "straight", words, tmp_path)
     running.append(straight)
-    assert straight.communicate(timeout=LIMIT)[1].count("step 100/100") == 1
-    process = torchrun(2, out, words, options=("--max-restarts", str(KILLS + 5)))
+    assert straight.communicate(timeout=LIMIT)[1].count(f"step {STEPS}/{STEPS}") == 1
+    process = quick_torchrun(out, words, tmp_path, "--max-restarts", str(KILLS + 5))
     running.append(process)
-    killer = Killer(process, out, seed=0)
+    killer = Killer(process, out, tmp_path, seed=0)
     killer.start()
     _, told = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, told
@@ -100,18 +113,18 @@ def test_killed_twenty_times(
     assert len(begun) == KILLS + 1
     # Nothing is lost beyond the newest checkpoint; the one that was being written may have been finished.
     assert [step for step, newest in zip(begun[1:], killer.newest, strict=True) if step < newest] == []
-    assert sorted(tiny.losses(out)) == list(range(1, 101))
+    assert sorted(tiny.losses(out)) == list(range(1, STEPS + 1))
     assert_alike(out, tmp_path / "straight")
 
 
 def test_a_rank_that_stops_is_named_and_the_run_goes_on(
     corpus: list[str], out: Path, tmp_path: Path, running: list[subprocess.Popen[str]]
 ) -> None:
-    recipe = wide(corpus, "steps=30", "threads=1", "parallel.timeout=5")
-    process = torchrun(2, out, words_of(recipe, tmp_path), options=("--max-restarts", "1"))
+    recipe = wide(corpus, "steps=60", "threads=1", "parallel.timeout=10")
+    process = quick_torchrun(out, words_of(recipe, tmp_path), tmp_path, "--max-restarts", "1")
     running.append(process)
     wait_for_step(out, 5, process)
-    victim = worker(process, 1)
+    victim = int((tmp_path / "1").read_text())
     os.kill(victim, signal.SIGSTOP)
     assert process.stderr is not None
     (line,) = [next(line for line in process.stderr if "moesaic: error: " in line)]
@@ -121,4 +134,4 @@ def test_a_rank_that_stops_is_named_and_the_run_goes_on(
     assert "moesaic: error: rank 0 waited " in line
     assert f"pid {victim}) is stopped and has not answered for " in line
     assert len(note(out)["lives"]) == 2
-    assert sorted(tiny.losses(out)) == list(range(1, 31))
+    assert sorted(tiny.losses(out)) == list(range(1, 61))

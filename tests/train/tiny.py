@@ -89,5 +89,6 @@ class AtStep(Display):
 
 
 def send(number: signal.Signals) -> Callable[[], None]:
-    """Send a signal to this process; Python runs its handler before the next line."""
-    return lambda: os.kill(os.getpid(), number)
+    """A signal to this thread, so that Python runs its handler before the next line; one to the process may come to
+    any of its threads, a moment later, and two of them then count as one."""
+    return lambda: signal.raise_signal(number)
