@@ -1,29 +1,57 @@
-"""Write what ``benchmarks/experts.py`` and ``serving.py`` measured into docs/benchmarks.md and docs/serving.md.
+"""Write what ``benchmarks/experts.py``, ``serving.py`` and ``parallel.py`` measured into the pages of docs/.
 
     .venv/bin/python scripts/benchmark_page.py [benchmarks/results]
 
-Copies the roofline picture of that folder to ``docs/assets/roofline.png``.
+Copies the pictures of that folder to ``docs/assets``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import geometric_mean, median
 from typing import Any
 
+from moesaic.bench.parallel.grid import against_best, best_of, worst_of
+from moesaic.bench.parallel.scale import CLUSTERS
 from moesaic.bench.report import HEADER, cells, markdown, milliseconds, notes, rows_of, title
 from moesaic.bench.results import read, section
 from moesaic.bench.targets import GROUPS, Verdict
 from moesaic.bench.targets import HEADER as VERDICT_HEADER
+from moesaic.parallel.choice.clusters import DEVICES, WIRES
+from moesaic.parallel.plan import AUTO, STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
-PICTURE = ROOT / "docs" / "assets" / "roofline.png"
+PARALLEL_PAGE = ROOT / "docs" / "parallelism.md"
+ASSETS = ROOT / "docs" / "assets"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: made by scripts/benchmark_page.py -->\n", "<!-- end of results -->\n"
+# Parts of benchmarks/parallel.py: what their tables show, and how it was measured.
+PARALLEL = {
+    "links": "What Gloo gets out of the links, against which everything below is to be read: rank 0 sends to the last "
+    "rank, then all ranks send to all; medians of 9 rounds.",
+    "grid": "`auto` against every fixed plan: each strategy in 1, 2 and 4 chunks, with each exchange that the hosts "
+    "allow and each way to gather weights; a hybrid fetches the hottest eighth of the experts. The choice has met the "
+    "kind of step before, until it explored no more; then all take turns in an order drawn anew for each round, and "
+    "fixed plans that are far behind are not timed again. A step takes as long as its slowest rank. Which fixed plan "
+    "is the best is told by one half of the rounds, and what it takes by the other half. The error is the largest "
+    "relative one of outputs and gradients against the layer on one process.",
+    "model": "What the cost model, from links and experts measured at start, says of every fixed plan of the grid, "
+    "against the median time of that plan. Nothing is fitted to these times.",
+    "hot": "The strategies as a user names them, with everything else chosen as always, in turns; medians of 5 rounds. "
+    "What was chosen stands below.",
+    "overlap": "Steps in 1 to 8 chunks, in turns with their two sides alone: the experts on as many rows without an "
+    "exchange, and the exchanges without experts. The ideal is the longer side; medians of 7 rounds.",
+    "exchange": "An exchange with as many bytes from each rank to each, direct (every rank sends to every other one) "
+    "and hierarchical (inside a host, then between hosts), in turns. Above 1 the hierarchical one wins.",
+    "tutel": "Tutel's layer, built for CPUs, with the same weights, the same tokens and the same gate in the same "
+    "processes; both take turns, medians of 9 rounds. Ours chooses (`auto`) and has run 25 steps before.",
+}
 
 
 def page(text: str, told: dict[str, Any]) -> str:
@@ -106,15 +134,90 @@ def serving_page(text: str, told: dict[str, Any]) -> str:
     return f"{before}{BEGIN}\n{section(told)}\n{END}{rest.split(END)[1]}"
 
 
+def parallel_page(text: str, told: dict[str, Any]) -> str:
+    """The page on parallelism with its results made anew: what was measured, and what was simulated, apart."""
+    before, rest = text.split(BEGIN)
+    measured = {name: told[name] for name in PARALLEL if name in told}
+    points = told.get("grid", {}).get("points", [])
+    parts = ["### Measured here\n", section(measured, PARALLEL), losses(points), scale(told.get("scale", {}))]
+    return f"{before}{BEGIN}\n{''.join(part + chr(10) for part in parts if part)}{END}{rest.split(END)[1]}"
+
+
+def losses(points: list[dict[str, Any]]) -> str:
+    """What a fixed choice loses over the points of the grid, and how near the predictions are."""
+    if not points:
+        return ""
+    ratios = [_against_best(point["times"]) for point in points]
+    lines = []
+    for strategy in STRATEGIES:
+        own = [[ratio for name, ratio in each.items() if name.split(",")[0] == strategy] for each in ratios]
+        least, most = [min(each) for each in own], [max(each) for each in own]
+        lines.append((f"`{strategy}`", str(least.count(1.0)), *_spread(least), *_spread(most)))
+    lines.append(("any", str(len(points)), *_spread([1.0]), *_spread([worst_of(point["times"]) for point in points])))
+    everywhere = set.intersection(*(set(each) for each in ratios))
+    if everywhere:
+        once = min(everywhere, key=lambda name: (geometric_mean(each[name] for each in ratios), name))
+        spread = _spread([each[once] for each in ratios])
+        lines.append((f"one plan for all: {once}", str([each[once] for each in ratios].count(1.0)), *spread, *spread))
+    chosen = _spread([against_best(point["times"]) for point in points])
+    lines.append((f"`{AUTO}`", "-", *chosen, *chosen))
+    header = ("fixed", "best at", "its best plan, median", "at most", "its worst plan, median", "at most")
+    return (
+        f"**What a fixed choice loses** (the {len(points)} points of the grid)\n\n"
+        "The time of each strategy's plans over that of the point's best fixed plan. *Its best plan* is another one at "
+        "each point, as nobody can fix it beforehand; *one plan for all* is that which loses least over all points.\n\n"
+        f"{markdown(header, lines)}\n"
+        "![Predicted against measured times of every plan of the grid](assets/parallel-model.png)\n"
+    )
+
+
+def _against_best(times: dict[str, list[float]]) -> dict[str, float]:
+    """Of each fixed plan; a hybrid's name without how many experts it fetches, which follows from theirs."""
+    best = best_of(times)[1]
+    return {re.sub(r" \d+ fetched,", "", name): median(each) / best for name, each in times.items() if name != AUTO}
+
+
+def _spread(ratios: list[float]) -> tuple[str, str]:
+    return f"{median(ratios):.2f}x", f"{max(ratios):.2f}x"
+
+
+def scale(told: dict[str, Any]) -> str:
+    """What was simulated, with the figures that went into it."""
+    if not told:
+        return ""
+    devices = {device: DEVICES[device] for device, _, _ in CLUSTERS.values()}
+    wires = {wire: WIRES[wire] for _, *both in CLUSTERS.values() for wire in both}
+    figures = [(name, f"{it.tflops:g} TFLOP/s, memory {it.gbytes:g} GB/s", it.source) for name, it in devices.items()]
+    figures += [
+        (name, f"{it.gbytes:g} GB/s one way, {it.micros:g} µs a message", it.source) for name, it in wires.items()
+    ]
+    work = told["title"].partition(": ")[2]
+    return (
+        f"### Simulated, not measured\n\n**{work[0].upper()}{work[1:]}**\n\n"
+        "Nothing here has run: it is the cost model whose errors are told above, asked about clusters by published "
+        "figures, with 8 ranks a host and matrix products at half of the peak. Static expert parallelism: tokens "
+        "travel, directly, in one chunk, none dropped. `auto` alone pays for the exchange of counts. The model was "
+        "checked on the small machine above, never on GPUs or so many ranks. `moesaic plan` gives other points.\n\n"
+        f"{markdown(told['header'], told['rows'])}\n"
+        "![Simulated speed-up over static expert parallelism, by ranks](assets/parallel-scale.png)\n\n"
+        f"{markdown(('', 'figures', 'source'), figures)}\n"
+        "Latencies are those of NCCL's own cost model (`src/graph/tuning.cc`).\n"
+    )
+
+
 def main(folder: Path) -> None:
     """Write the pages of what was measured."""
     if (folder / "experts.json").exists():
         document = json.loads((folder / "experts.json").read_text(encoding="utf-8"))
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
         if document["rows"]:
-            shutil.copyfile(folder / "roofline.png", PICTURE)
+            shutil.copyfile(folder / "roofline.png", ASSETS / "roofline.png")
     if told := read(folder / "serving.json"):
         SERVING_PAGE.write_text(serving_page(SERVING_PAGE.read_text(encoding="utf-8"), told), encoding="utf-8")
+    if told := read(folder / "parallel.json"):
+        PARALLEL_PAGE.write_text(parallel_page(PARALLEL_PAGE.read_text(encoding="utf-8"), told), encoding="utf-8")
+        for picture in folder.glob("parallel-*.png"):
+            shutil.copyfile(picture, ASSETS / picture.name)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from transformers import OlmoeConfig
 
 from moesaic.bench import Result, Row, Shape
 from moesaic.bench.generation import random_olmoe, run_generation
+from moesaic.bench.limits import machine
+from moesaic.bench.parallel.parts import PARTS
+from moesaic.bench.part import Part
 from moesaic.bench.report import cells, document, notes, rows_of, title, write
+from moesaic.bench.results import add, read
 from moesaic.bench.roofline import write_roofline
 from moesaic.bench.targets import (
     GROUPS,
@@ -241,3 +245,36 @@ def test_the_page_tells_of_the_trace_and_the_model() -> None:
         {"model": [model]}
     )
     assert script["trace"]({}) == script["model"]({}) == ""
+
+
+def test_the_page_on_parallelism_tells_measured_and_simulated_apart(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "benchmark_page.py"))
+    assert list(script["PARALLEL"]) == [name for name in PARTS if name != "scale"]
+    fast, slow, lost = [1.0] * 4, [2.0] * 4, [5.0]
+    points = [
+        {"times": {"auto": fast, "tokens, overlap 1": fast, "weights": slow, "hybrid, 1 fetched, overlap 1": lost}},
+        {"times": {"auto": slow, "tokens, overlap 1": slow, "weights": fast, "hybrid, 8 fetched, overlap 1": fast}},
+    ]
+    verdict = Verdict("grid", "2 points", "auto / best fixed, worst", 1.15, 2.0, at_most=True)
+    parts = {
+        "scale": Part(
+            "Simulated, not measured: speed-up over static EP, K2 D8", ("", "16 ranks"), [("H100", "1.5x")], []
+        ),
+        "tutel": Part("Against Tutel", (), [], [], ["Tutel does not take part: it is not here"]),
+        "grid": Part("The choice", ("ranks", "points"), [("4 hosts", "2")], [verdict], points=points),
+    }
+    for name, part in parts.items():
+        add(name, part, machine(), read(tmp_path / "parallel.json"), tmp_path / "parallel.json")
+    text = f"before\n{script['BEGIN']}old\n{script['END']}after\n"
+    page = script["parallel_page"](text, read(tmp_path / "parallel.json"))
+    assert page.startswith("before\n") and page.endswith("after\n") and "\nold" not in page
+    assert "0 of 1 targets reached." in page and "at most 1.15x | 2.00x | misses by 74%" in page
+    assert page.index("**The choice**") < page.index("**Against Tutel**") < page.index("### Simulated, not measured")
+    assert "Tutel does not take part: it is not here." in page
+    assert "| `weights` | 1 | 1.50x | 2.00x | 1.50x | 2.00x |" in page
+    assert "| any | 2 | 1.00x | 1.00x | 3.50x | 5.00x |" in page
+    assert "| one plan for all: tokens, overlap 1 | 1 | 1.50x | 2.00x | 1.50x | 2.00x |" in page
+    assert "| `auto` | - | 1.50x | 2.00x | 1.50x | 2.00x |" in page
+    assert "| h100 | 989 TFLOP/s, memory 3350 GB/s | NVIDIA H100 SXM data sheet" in page and "| hdr | 25 GB/s" in page
+    assert "**Speed-up over static EP, K2 D8**" in page and "| H100 | 1.5x |" in page
+    assert script["parallel_page"](page, read(tmp_path / "parallel.json")) == page

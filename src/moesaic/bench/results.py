@@ -29,8 +29,12 @@ def add(name: str, part: Part, machine: Mapping[str, object], earlier: dict[str,
     write(earlier | {name: told}, path)
 
 
-def section(told: Mapping[str, Any]) -> str:
-    """The measured part of a page: all targets, then a table for each part, in the order of the file."""
+def section(told: Mapping[str, Any], before: Mapping[str, str] | None = None) -> str:
+    """The measured part of a page: all targets, then a table for each part, in the order of the file.
+
+    Args:
+        before: by part, what is said between its title and its table.
+    """
     verdicts = [
         Verdict(**{key: value for key, value in each.items() if key != "passed"})
         for part in told.values()
@@ -38,11 +42,11 @@ def section(told: Mapping[str, Any]) -> str:
     ]
     parts = [f"{sum(each.passed for each in verdicts)} of {len(verdicts)} targets reached.\n"]
     parts.append(markdown(HEADER, [each.cells() for each in verdicts]))
-    for part in told.values():
+    for name, part in told.items():
+        said = f"{before[name]}\n\n" if before and name in before else ""
+        table = markdown(part["header"], part["rows"]) if part["rows"] else ""
         lines = "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in part["lines"])
-        parts.append(
-            f"**{part['title']}** ({_where(part['machine'])})\n\n{markdown(part['header'], part['rows'])}{lines}"
-        )
+        parts.append(f"**{part['title']}** ({_where(part['machine'])})\n\n{said}{table}{lines}")
     return "\n".join(parts)
 
 

@@ -21,7 +21,7 @@ class Verdict:
     """One target against what was measured.
 
     Attributes:
-        group: a key of ``GROUPS``.
+        group: a key of ``GROUPS``; in the other benchmarks their part, or what it is about.
         work: in words.
         what: was measured.
         target, measured: ratios, or shares of a limit; ``at_most`` says on which side of the target to be.

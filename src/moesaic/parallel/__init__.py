@@ -11,9 +11,9 @@ from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.plan import Plan, Wish
 from moesaic.parallel.schedule import Schedule
+from moesaic.parallel.sent import traffic
 from moesaic.parallel.setting import use_strategy
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.traffic import traffic
 from moesaic.parallel.workload import Workload
 
 __all__ = [

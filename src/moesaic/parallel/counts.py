@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moesaic.errors import ParallelError
 from moesaic.parallel.layout import ExpertLayout
+from moesaic.parallel.sent import count
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.traffic import count
 from moesaic.parallel.workload import IntArray
 
 # PyTorch has renamed it.

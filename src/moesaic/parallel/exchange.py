@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.parallel.sent import count
 from moesaic.parallel.topology import Topology
-from moesaic.parallel.traffic import count
 from moesaic.parallel.workload import IntArray
 from moesaic.registry import Registry
 
