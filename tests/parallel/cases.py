@@ -19,7 +19,7 @@ from torch import Tensor
 from moesaic.parallel.plan import Plan
 
 ROUTINGS = ("balanced", "skewed", "to one")
-TOKENS = {"equal": (6, 6, 6, 6, 6, 6, 6, 6), "unequal": (9, 4, 0, 13, 1, 0, 6, 2)}
+TOKENS = {"equal": (6, 6, 6, 6, 6, 6, 6, 6), "unequal": (9, 4, 0, 13, 1, 0, 6, 2), "none first": (0, 5)}
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ class Workload:
 
 
 def workloads(ranks: int, experts: int, routing: str) -> list[Workload]:
-    """Every combination of equal and unequal tokens, null slots, and capacity."""
-    combinations = itertools.product(TOKENS.values(), (False, True), (0.0, 0.75))
+    """Every combination of equal and unequal tokens, of ranks without any, null slots, and capacity."""
+    spreads = [tokens[:ranks] for tokens in TOKENS.values() if len(tokens) >= ranks]
+    combinations = itertools.product(spreads, (False, True), (0.0, 0.75))
     return [
-        Workload(Shape(experts), ranks, routing, tokens[:ranks], nulls, capacity)
-        for tokens, nulls, capacity in combinations
+        Workload(Shape(experts), ranks, routing, tokens, nulls, capacity) for tokens, nulls, capacity in combinations
     ]
 
 
@@ -139,6 +139,14 @@ def sample(workload: Workload, number: int) -> list[Plan]:
     return list(itertools.islice((plan for plan in in_turn if plan is not None), number))
 
 
+def one_of_each(workload: Workload) -> list[Plan]:
+    """A plan of every strategy with every overlap and every exchange; what else it says is drawn, workload by
+    workload."""
+    chance, found = random.Random(f"each {workload}"), plans(workload)
+    chance.shuffle(found)
+    return list({(plan.strategy, plan.overlap, plan.exchange): plan for plan in found}.values())
+
+
 def tokens_plans(workload: Workload) -> Iterator[Plan]:
     for overlap, exchange, replicas in itertools.product((1, 2, 4), exchanges(workload), degrees(workload)):
         yield Plan("tokens", overlap=overlap, exchange=exchange, replicas=replicas)
@@ -146,7 +154,7 @@ def tokens_plans(workload: Workload) -> Iterator[Plan]:
 
 def weights_plans(workload: Workload) -> Iterator[Plan]:
     everything = tuple(range(workload.shape.experts))
-    for overlap, exchange, gather in itertools.product((1, 4), exchanges(workload), ("direct", "relay")):
+    for overlap, exchange, gather in itertools.product((1, 2, 4), exchanges(workload), ("direct", "relay")):
         yield Plan("weights", everything, overlap=overlap, exchange=exchange, gather=gather)
 
 

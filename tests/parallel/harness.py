@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0  # seconds for one case
+TIMEOUT = 300.0  # seconds for one case; on a busy machine the first one imports torch for longer than a minute
 GRACE = 2.0  # seconds for the others after a rank has failed: they may be waiting for it
 
 # Forked from a server that has one thread and has used none of torch, which is safe. On macOS it is not: Apple's

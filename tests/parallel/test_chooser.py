@@ -7,7 +7,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -239,12 +240,25 @@ def test_a_checksum_tells_who_was_fed_otherwise() -> None:
     assert Chooser(FAST, COMPUTE, HOSTS).checksum() != chooser().checksum()
 
 
-def _disturbed(steps: int) -> tuple[list[str], int]:
-    with use_tuning("on"):
-        return _disturbed_steps(steps)
+def _disturbed(steps: int, seed: int, plans: Sequence[Plan] = ()) -> tuple[list[str], int, list[Plan]]:
+    """Each rank waits where it likes, and the seconds that it measures and reports are made up."""
+    import torch.distributed as dist
+
+    chance, now = random.Random(f"{seed} {dist.get_rank()}"), 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 10 ** chance.uniform(-9, 3)
+        return now
+
+    replayed = decisions.replay(plans) if plans else nullcontext()
+    with use_tuning("on"), pytest.MonkeyPatch.context() as patch, decisions.record() as log, replayed:
+        patch.setattr(time, "perf_counter", clock)
+        told, checksum = _disturbed_steps(steps, chance)
+    return told, checksum, [decision.plan for decision in log]
 
 
-def _disturbed_steps(steps: int) -> tuple[list[str], int]:
+def _disturbed_steps(steps: int, mine: random.Random) -> tuple[list[str], int]:
     """Real steps of a real layer, every rank disturbed at times of its own."""
     import torch.distributed as dist
     from tests.parallel import ranks as grid
@@ -261,7 +275,7 @@ def _disturbed_steps(steps: int) -> tuple[list[str], int]:
     }
     made = Chooser(GIGABIT, COMPUTE, there)
     experts = grid.ParallelExperts(form, layout, there, made)
-    alike, mine, told = random.Random(0), random.Random(rank), []
+    alike, told = random.Random(0), []
     for _ in range(steps):
         tokens, hot, grad = alike.choice([1, 9, 60]), alike.random() < 0.5, alike.random() < 0.5
         x_TD = torch.randn(tokens + rank, shape.d_model)
@@ -281,7 +295,13 @@ def _disturbed_steps(steps: int) -> tuple[list[str], int]:
 
 
 def test_real_ranks_agree_under_adversarial_timing() -> None:
-    told = harness.pool(3).run(_disturbed, 200)
+    told = harness.pool(3).run(_disturbed, 200, 1)
     assert told[0] == told[1] == told[2]
-    assert any(line.endswith("exploring") for line in told[0][0])
-    assert any(line.endswith("measured") for line in told[0][0])
+    lines, _, plans = told[0]
+    assert any(line.endswith("exploring") for line in lines)
+    assert any(line.endswith("measured") for line in lines)
+    # What was read can be replayed, whatever the ranks then wait for and measure.
+    assert [str(plan) for plan in plans] == [line.rsplit(" ", 1)[0] for line in lines]
+    for again, _, replayed in harness.pool(3).run(_disturbed, 60, 2, plans[:60]):
+        assert again == [f"{plan} replayed" for plan in plans[:60]]
+        assert replayed == plans[:60]

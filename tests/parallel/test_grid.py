@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from tests.parallel import harness, ranks, reference
-from tests.parallel.cases import ROUTINGS, TOKENS, Shape, Workload, plans, sample, workloads
+from tests.parallel.cases import ROUTINGS, TOKENS, Shape, Workload, one_of_each, plans, sample, workloads
 from tests.parallel.ranks import Mode
 
 from moesaic.parallel.plan import Plan
@@ -66,10 +67,10 @@ def assert_right(
     assert not wrong, f"{len(wrong)} of {len(some)} plans are wrong for {workload} on {grid}:\n" + "\n".join(wrong[:5])
 
 
-def check_some(size: int, experts: int, routing: str, number: int) -> None:
+def check_all(size: int, experts: int, routing: str, some: Callable[[Workload], list[Plan]]) -> None:
     grids = GRIDS[size]
     for index, workload in enumerate(workloads(size, experts, routing)):
-        assert_right(workload, sample(workload, number), grids[index % len(grids)])
+        assert_right(workload, some(workload), grids[index % len(grids)])
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -77,16 +78,16 @@ def check_some(size: int, experts: int, routing: str, number: int) -> None:
 @pytest.mark.parametrize(("size", "number"), [(1, 4), (2, 3), (3, 2), (4, 1), (8, 1)])
 def test_some_plans(size: int, number: int, experts: int, routing: str) -> None:
     """All workloads, each by a few of the plans."""
-    check_some(size, experts, routing, number)
+    check_all(size, experts, routing, lambda workload: sample(workload, number))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize(("size", "number"), [(1, 1000), (2, 1000), (3, 20), (4, 20), (8, 15)])
-def test_most_plans(size: int, number: int, experts: int, routing: str) -> None:
-    """All of them on 1 and 2 ranks; on 3 ranks and more what there is time for, but every one somewhere."""
-    check_some(size, experts, routing, number)
+@pytest.mark.parametrize("size", RANKS)
+def test_every_strategy_overlap_and_exchange(size: int, experts: int, routing: str) -> None:
+    """All workloads, each by all plans on 1 and 2 ranks, and by one of each kind on more."""
+    check_all(size, experts, routing, plans if size <= 2 else one_of_each)
 
 
 SHAPES = {
@@ -161,14 +162,21 @@ def test_loss_of_some_ranks(silent: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("size", RANKS)
 def test_every_kind_of_plan_is_met(size: int) -> None:
-    """The samples, taken together, have every strategy with every overlap, exchange, gather and degree."""
-
-    def kind(plan: Plan) -> tuple[Any, ...]:
-        return plan.strategy, plan.overlap, plan.exchange, plan.gather, plan.replicas
-
+    """By every workload each strategy with each overlap and exchange; by all of them also each gather and degree."""
     every = [workload for experts in EXPERTS for routing in ROUTINGS for workload in workloads(size, experts, routing)]
-    met = {kind(plan) for workload in every for plan in sample(workload, 15)}
-    assert met == {kind(plan) for workload in every for plan in plans(workload)}
+    exchanges = ("direct", "hierarchical") if size in (4, 8) else ("direct",)
+    met: set[tuple[Any, ...]] = set()
+    for workload in every:
+        some = one_of_each(workload)
+        kinds = [(plan.strategy, plan.overlap, plan.exchange) for plan in some]
+        assert sorted(kinds) == sorted(itertools.product(("tokens", "weights", "hybrid"), (1, 2, 4), exchanges))
+        met |= {(kind, plan.gather, plan.replicas) for kind, plan in zip(kinds, some, strict=True)}
+    wanted = {
+        ((plan.strategy, plan.overlap, plan.exchange), plan.gather, plan.replicas)
+        for workload in every
+        for plan in plans(workload)
+    }
+    assert met == wanted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from moesaic.errors import ParallelError
 from moesaic.parallel.liveness.meeting import meet
 
-FOREVER = 60.0  # seconds
+FOREVER = 240.0  # seconds
 
 
 def meet_all(store: dist.Store, size: int) -> list[tuple[dist.Store, list[str]]]:

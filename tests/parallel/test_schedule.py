@@ -154,7 +154,7 @@ def test_every_receiver_gets_every_element_once(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10000)
+@settings(max_examples=5000)
 @given(case=cases())
 def test_any_schedule_at_length(case: Case) -> None:
     check_quantities(case)
