@@ -22,7 +22,8 @@ def alone(num_experts: int, strategy: str | None = "alone") -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("num_experts", [8, 2])  # whole on 4 ranks, and in halves
+# Whole experts on 4 ranks, and halves.
+@pytest.mark.parametrize("num_experts", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_switching_at_every_step_trains_alike(num_experts: int) -> None:
     pool = harness.pool(4)
     (switched, met), *others = pool.run(layers.train, num_experts, STEPS, BATCH, None)
