@@ -271,10 +271,10 @@ def test_the_page_on_parallelism_tells_measured_and_simulated_apart(tmp_path: Pa
     assert "0 of 1 targets reached." in page and "at most 1.15x | 2.00x | misses by 74%" in page
     assert page.index("**The choice**") < page.index("**Against Tutel**") < page.index("### Simulated, not measured")
     assert "Tutel does not take part: it is not here." in page
-    assert "| `weights` | 1 | 1.50x | 2.00x | 1.50x | 2.00x |" in page
-    assert "| any | 2 | 1.00x | 1.00x | 3.50x | 5.00x |" in page
-    assert "| one plan for all: tokens, overlap 1 | 1 | 1.50x | 2.00x | 1.50x | 2.00x |" in page
-    assert "| `auto` | - | 1.50x | 2.00x | 1.50x | 2.00x |" in page
+    assert "| `weights` | 1 | 1.41x | 1.50x | 2.00x | 1.41x | 1.50x | 2.00x |" in page
+    assert "| `hybrid` | 1 | 2.24x | 3.00x | 5.00x |" in page
+    assert "| one plan for all: tokens, overlap 1 | 1 | 1.41x | 1.50x | 2.00x |" in page
+    assert "| `auto` | 1 | 1.41x | 1.50x | 2.00x |" in page
     assert "| h100 | 989 TFLOP/s, memory 3350 GB/s | NVIDIA H100 SXM data sheet" in page and "| hdr | 25 GB/s" in page
     assert "**Speed-up over static EP, K2 D8**" in page and "| H100 | 1.5x |" in page
     assert script["parallel_page"](page, read(tmp_path / "parallel.json")) == page
