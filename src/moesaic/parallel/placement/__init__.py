@@ -1,0 +1,1 @@
+"""Which experts share a rank, by what a routing trace says."""
