@@ -48,8 +48,17 @@ def off(got: Tensor, wanted: Tensor, floor: float = 1e-3) -> float:
     return ((got.double() - wanted).norm() / wanted.norm().clamp(min=floor)).item()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+QUICK = {"sliced", "capped"}  # on four ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        pytest.param(ranks, name, marks=[] if ranks < 4 or name in QUICK else pytest.mark.slow)
+        for ranks in (2, 3, 4)
+        for name in SETTINGS
+    ],
+)
 def test_layer_against_the_formulas(ranks: int, name: str) -> None:
     settings, tokens = SETTINGS[name], [7, 0, 4, 9][:ranks]
     outputs, gradients, means = wanted_of(settings, tokens)

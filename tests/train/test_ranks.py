@@ -322,7 +322,7 @@ def test_a_signal_to_any_rank_stops_all_after_a_saved_step(
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "step"), [(0, 2), (1, 6), (0, 9)])
+@pytest.mark.parametrize(("rank", "step"), [(0, 2), (1, 6)])
 def test_torchrun_goes_on_after_a_rank_was_killed(
     corpus: list[str], out: Path, tmp_path: Path, rank: int, step: int
 ) -> None:
