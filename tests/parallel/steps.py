@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moesaic.autotune.prior import Cost
-from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.compute import Compute, Overhead
 from moesaic.parallel.choice.links import Link, Links
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.topology import Topology
@@ -20,7 +20,7 @@ from moesaic.parallel.workload import Workload
 D_MODEL, D_FF = 256, 512
 GIGABIT = Links(Link(5e-5, 5e-10), Link(1e-4, 8e-9, 8e-9))
 FAST = Links(Link(1e-5, 1e-11), Link(1e-5, 1e-11))
-COMPUTE = Compute(Cost(1e-4, 2e-5, 1e-5), Cost(1e-4, 4e-5, 2e-5), copy=2e-10, step=3e-4, chunk=1e-4)
+COMPUTE = Compute(Cost(1e-4, 2e-5, 1e-5), Cost(1e-4, 4e-5, 2e-5), copy=2e-10, overhead=Overhead(3e-4, 1e-4))
 
 
 def topology(hosts: Sequence[int], machines: Sequence[int] = ()) -> Topology:

@@ -19,7 +19,7 @@ from moesaic.hf.experts import is_experts_module, stored_experts
 from moesaic.hf.quantized import expert_modules
 from moesaic.layer import MoE
 from moesaic.parallel.agreement import check_alike, fingerprints
-from moesaic.parallel.choice import compute, links
+from moesaic.parallel.choice import compute, links, overhead
 from moesaic.parallel.choice.chooser import Chooser
 from moesaic.parallel.exchange import EXCHANGES
 from moesaic.parallel.experts import ParallelExperts
@@ -164,7 +164,7 @@ def _use_our_experts(model: nn.Module) -> None:
 
 
 def _shard_experts(found: Sequence[_Found], ranks: DeviceMesh, topology: Topology, wish: Wish) -> None:
-    links_here = links.measure(topology)
+    links_here, overhead_here = links.measure(topology), overhead.measure(topology)
     meshes: dict[int, DeviceMesh] = {}
     choosers: dict[str, Chooser] = {}
     for each in found:
@@ -175,7 +175,7 @@ def _shard_experts(found: Sequence[_Found], ranks: DeviceMesh, topology: Topolog
         alike = repr((layout, each.form.fields, each.form.template.activation.name, each.form.template.up.dtype))
         if alike not in choosers:
             own = _own_part(each, topology.rank)
-            choosers[alike] = Chooser(links_here, compute.measure(own, layout, topology), topology)
+            choosers[alike] = Chooser(links_here, compute.measure(own, layout, topology, overhead_here), topology)
         parallel = ParallelExperts(each.form, layout, topology, choosers[alike], wish, each.name)
         each.module.__dict__["parallel"] = parallel
 

@@ -13,31 +13,11 @@ from moesaic.config import MoEConfig
 from moesaic.hf.parallelize import parallelize
 from moesaic.layer import MoE
 from moesaic.parallel.choice.candidates import Candidate
-from moesaic.parallel.choice.chooser import Chooser
-from moesaic.parallel.choice.decisions import Decision
-from moesaic.parallel.choice.signature import StepSignature
+from moesaic.parallel.choice.fixed import FixedChooser
 from moesaic.parallel.experts import ParallelExperts
-from moesaic.parallel.plan import Plan, Wish
-from moesaic.parallel.workload import Workload
+from moesaic.parallel.sharding import forward_sharded
 
 _SEED = 0
-
-
-class Told(Chooser):
-    """Carries out one rule, whatever the workload; learns nothing, and keeps what it was asked last."""
-
-    rule = Candidate("tokens")
-    workload: Workload
-    plan: Plan
-
-    def choose(self, workload: Workload, wish: Wish | None = None) -> Decision:
-        """The rule's plan."""
-        self.workload, self.plan = workload, self.rule.plan(workload)
-        self._number += 1
-        return Decision(self.plan, "fixed", StepSignature.of(workload, wish or Wish()), (), self._number)
-
-    def report(self, number: int, forward_W: object, backward_W: object) -> None:
-        """Passed over."""
 
 
 class BenchLayer:
@@ -57,7 +37,7 @@ class BenchLayer:
         self.layer = parallelize(copy.deepcopy(self.whole))
         self.auto: ParallelExperts = self.layer.experts.parallel
         chooser = self.auto.chooser
-        self.told = Told(chooser.links, chooser.compute, chooser.topology, learn=False)
+        self.told = FixedChooser(chooser.links, chooser.compute, chooser.topology)
         self._fixed = ParallelExperts(self.auto.form, self.auto.layout, self.auto.topology, self.told)
         self.rank = distributed.get_rank()
 
@@ -75,14 +55,20 @@ class BenchLayer:
         self.run(self.layer)
 
     def run(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """``[T, D]`` outputs, and gradients of the tokens."""
+        """``[T, D]`` outputs, and gradients of the tokens.
+
+        Of the parallelized layer its experts alone: routing and FSDP's hooks are the same for every plan.
+        """
         layer.zero_grad()
         x_TD = self.x_TD.detach().requires_grad_(self.work.training)
-        if not self.work.training:
-            with torch.no_grad():
-                return layer(x_TD), None
-        y_TD = layer(x_TD)
-        y_TD.backward(self.grad_TD)
+        with torch.set_grad_enabled(self.work.training):
+            if layer is self.layer:
+                routing = layer.router(x_TD)
+                y_TD = forward_sharded(layer.experts, x_TD, routing.expert_ids, routing.weights)
+            else:
+                y_TD = layer(x_TD)
+        if self.work.training:
+            y_TD.backward(self.grad_TD)
         return y_TD.detach(), x_TD.grad
 
     def fixed(self, rule: Candidate) -> Callable[[], None]:

@@ -14,7 +14,8 @@ OVERLAPS = (1, 2, 4)
 def fixed_plans(num_experts: int, ranks: int, exchanges: tuple[str, ...]) -> dict[str, Candidate]:
     """Rules by name: every strategy with every overlap, exchange and gather that makes a difference to it.
 
-    A hybrid fetches the hottest eighth of the experts. With two ranks an owner has one receiver, and nothing to relay.
+    A hybrid fetches the hottest expert, the hottest eighth, or the hotter half. With two ranks an owner has one
+    receiver, and nothing to relay.
 
     Args:
         exchanges: those that the topology allows.
@@ -28,8 +29,9 @@ def _all(num_experts: int, exchanges: tuple[str, ...], gathers: tuple[str, ...])
         yield Candidate("tokens", overlap=overlap, exchange=exchange)
     for gather in gathers:
         yield Candidate("weights", gather=gather)
-    for overlap, exchange, gather in product(OVERLAPS, exchanges, gathers):
-        yield Candidate("hybrid", max(1, num_experts // 8), overlap=overlap, exchange=exchange, gather=gather)
+    hot_sets = dict.fromkeys((1, max(1, num_experts // 8), num_experts // 2))
+    for hot, overlap, exchange, gather in product(hot_sets, OVERLAPS, exchanges, gathers):
+        yield Candidate("hybrid", hot, overlap=overlap, exchange=exchange, gather=gather)
 
 
 def _name(rule: Candidate) -> str:

@@ -46,7 +46,10 @@ def measure_point(work: dict[str, Any], seconds: float) -> dict[str, Any]:
     error = layer.error()
     times = race({AUTO: layer.chosen, **{name: layer.fixed(rule) for name, rule in rules.items()}}, seconds, (AUTO,))
     pricing = Pricing(layer.told.workload, layer.told.links, layer.told.compute, topology)
-    predicted = {name: pricing.estimate(rule.plan(layer.told.workload)).seconds for name, rule in rules.items()}
+    before = pricing.compute.overhead.counts
+    predicted = {
+        name: before + pricing.estimate(rule.plan(layer.told.workload)).seconds for name, rule in rules.items()
+    }
     decision = layer.auto.last_decision
     return {
         "work": work,

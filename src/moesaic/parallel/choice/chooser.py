@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.autotune.setting import is_tuning_on
-from moesaic.experts import ExpertWeights
-from moesaic.parallel.choice import compute, links
 from moesaic.parallel.choice.candidates import exchanges, search
 from moesaic.parallel.choice.compute import Compute
 from moesaic.parallel.choice.cost import PlanEstimate, Pricing
@@ -25,7 +23,6 @@ from moesaic.parallel.choice.decisions import Decision, introduce, passed
 from moesaic.parallel.choice.links import Links
 from moesaic.parallel.choice.signature import StepSignature
 from moesaic.parallel.choice.step_timings import Corrections, Kind, Tried
-from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.plan import AUTO, Wish
 from moesaic.parallel.topology import Topology
 from moesaic.parallel.workload import Workload
@@ -70,15 +67,6 @@ class Chooser:
         self._checksum = 0
         self._note(repr((links, compute, topology.hosts)))
         introduce(self)
-
-    @staticmethod
-    def measured(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topology) -> Chooser:
-        """One for the links and the experts as they measure now; a collective call of some tenths of a second.
-
-        Args:
-            weights: this rank's part of the experts; None where it owns none.
-        """
-        return Chooser(links.measure(topology), compute.measure(weights, layout, topology), topology)
 
     def choose(self, workload: Workload, wish: Wish | None = None) -> Decision:
         """Decide how a step is carried out.

@@ -29,8 +29,20 @@ from moesaic.parallel.workload import IntArray
 _FEW, _MOST, _LONG = 8, 4096, 0.008
 _TURNS = 3
 _COPIED = 1 << 22
-# What the host does for a pass, and for one chunk of it, beside what grows with the work: Python, mostly.
-_STEP, _CHUNK = 4e-4, 6e-4
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds on one rank that has the machine to itself, beside all that grows with the work: Python, mostly.
+
+    Attributes:
+        step: of one pass. chunk: of each of its chunks.
+        counts: of the counts exchange, which is before every plan, as long as it takes with all ranks at work.
+    """
+
+    step: float = 0.0
+    chunk: float = 0.0
+    counts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,7 @@ class Compute:
         forward, backward: of whole experts; a slice of their hidden width takes that share of what rows and experts
             take.
         copy: seconds a byte of rows or weights that is copied.
-        step: seconds of one pass beside everything else: the counts exchange, and choosing.
-        chunk: seconds of one chunk of a pass beside everything else.
+        overhead: of each pass.
         lanes: ranks of one machine that compute at full speed at the same time: its cores over the threads of a rank. 0
             where every rank has a device of its own.
     """
@@ -50,8 +61,7 @@ class Compute:
     forward: Cost
     backward: Cost
     copy: float
-    step: float = 0.0
-    chunk: float = 0.0
+    overhead: Overhead = Overhead()
     lanes: float = 0.0
 
     def work(self, cost: Cost, slots_W: IntArray, active_W: IntArray, share: float, chunks: int) -> FloatArray:
@@ -69,7 +79,9 @@ class Compute:
         return max(longest, float(machines.by_host(work_W).max()) / self.lanes)
 
 
-def measure(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topology) -> Compute:
+def measure(
+    weights: ExpertWeights | None, layout: ExpertLayout, topology: Topology, overhead: Overhead | None = None
+) -> Compute:
     """Time a rank's own experts, forward and backward, by the backends that the tuner chooses; a collective call.
 
     All ranks compute at once, so that cores and memory that they share are shared; the slowest rank's time counts. A
@@ -77,6 +89,7 @@ def measure(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topol
 
     Args:
         weights: this rank's part of the experts; None where it owns none.
+        overhead: passed on; none by default.
     """
     cores = hardware.cpu().cores / torch.get_num_threads() if topology.device == "cpu" else 0.0
     sizes = [0, 0] if weights is None else [weights.num_experts, weights.d_ff]
@@ -87,7 +100,8 @@ def measure(weights: ExpertWeights | None, layout: ExpertLayout, topology: Topol
     share = layout.d_ff / max(1, width)
     forward, whole = (calls.cost(grad).times(1 / crowd) for grad in (False, True))
     backward = Cost(*(max(0.0, both - one) for both, one in zip(_terms(whole), _terms(forward), strict=True)))
-    return Compute(_widened(forward, share), _widened(backward, share), calls.copy() / crowd, _STEP, _CHUNK, lanes)
+    whole_width = (_widened(forward, share), _widened(backward, share))
+    return Compute(*whole_width, calls.copy() / crowd, overhead or Overhead(), lanes)
 
 
 def _terms(cost: Cost) -> tuple[float, float, float]:

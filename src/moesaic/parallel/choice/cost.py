@@ -86,7 +86,7 @@ class Pricing:
         returned = self._exchange(tuple(flow.back() for flow in volume.weights), item) if is_backward else 0.0
         own, fetched = compute.makespan(own_W, self.machines), compute.makespan(fetched_W, self.machines)
         copies = compute.makespan(copies_W, self.machines)
-        overhead_W = np.full(self.topology.size, compute.step + compute.chunk * chunks)
+        overhead_W = np.full(self.topology.size, compute.overhead.step + compute.overhead.chunk * chunks)
         overhead = compute.makespan(overhead_W, self.machines)
         for name, seconds in zip(
             PARTS,
