@@ -101,7 +101,7 @@ _SIZES = [64, 256, 1024, 4096, 16384, 65536, 262144]
 
 def run_exchanges(run: Run) -> Part:
     """Direct and hierarchical all-to-all, by the size of a message."""
-    rows: list[tuple[str | int, ...]] = []
+    rows: list[tuple[str, ...]] = []
     halves: dict[str, list[float]] = {}
     settings = _TWO_BY_TWO[:1] if run.quick else _TWO_BY_TWO
     for setting in run.possible(settings):
@@ -113,7 +113,7 @@ def run_exchanges(run: Run) -> Part:
                 median(times["direct"][half::2]) / median(times["hierarchical"][half::2]) for half in (0, 1)
             ]
             cells = (f"{found[name] * 1e6:.0f}" for name in ("direct", "hierarchical"))
-            rows.append((str(setting), size, *cells, f"{found['direct'] / found['hierarchical']:.2f}x"))
+            rows.append((str(setting), str(size), *cells, f"{found['direct'] / found['hierarchical']:.2f}x"))
         run.tell(f"{setting}: direct / hierarchical {', '.join(str(row[-1]) for row in rows[-len(_SIZES) :])}")
     verdicts = []
     if halves:
