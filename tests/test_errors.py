@@ -22,6 +22,7 @@ def test_exit_codes() -> None:
         "UnsupportedError": 2,
         "MissingDependencyError": 2,
         "TrainingError": 1,
+        "Told": 1,  # and what the process that tells exits with
         "ParallelError": 1,
         "Interrupted": 130,
     }
