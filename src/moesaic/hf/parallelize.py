@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts import ExpertWeights
 from moesaic.hf.experts import is_experts_module, stored_experts
 from moesaic.hf.quantized import expert_modules
+from moesaic.hf.spread import adopt, check_arguments, disown
 from moesaic.layer import MoE
 from moesaic.parallel.agreement import check_alike, fingerprints
 from moesaic.parallel.choice import compute, links, overhead
@@ -58,7 +60,8 @@ def parallelize(
     layout, whether tokens travel to weights or weights to tokens, is chosen step by step
     (:class:`moesaic.parallel.use_strategy` chooses later). All other parameters are sharded by FSDP2 (``fully_shard``)
     over the same ranks. All parameters are DTensors afterwards, and gradients are means over the ranks: an optimizer is
-    made after this, not before.
+    made after this, not before (the step of one that was is refused). ``save_pretrained`` then writes the whole model,
+    called by all ranks together, and ``load_state_dict`` takes whole tensors too.
 
     Args:
         model: a :class:`moesaic.MoE`, any module that holds some, or an MoE model of transformers (whose experts
@@ -75,6 +78,7 @@ def parallelize(
             already, or ranks differ in weights or settings.
         UnsupportedError: for experts that cannot be sharded, such as quantized ones.
     """
+    check_arguments(model, mesh)
     wish = Wish(strategy, overlap, exchange, gather, replicas)
     if exchange is not None:
         EXCHANGES.get(exchange)
@@ -83,8 +87,11 @@ def parallelize(
     check_alike({**fingerprints(model), **_settings(model, wish)}, ranks.get_group())
     _use_our_experts(model)
     topology = Topology.of(ranks if mesh is None else mesh)
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
     _shard_experts(found, ranks, topology, wish)
     _shard_others(model, ranks, found)
+    disown([parameter for each in before if (parameter := each()) is not None], model)
+    adopt(model)
     return model
 
 

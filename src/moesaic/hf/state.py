@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moesaic.errors import CheckpointError
 from moesaic.hf.experts import stored_experts
@@ -77,10 +78,11 @@ def to_checkpoint(state: Any, model: nn.Module, stored: str | Path | None = None
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with plain tensors on the CPU in the shapes of a model that is not sharded.
 
-    A collective call where it is: the result is rank 0's, and empty on the others. Tensors that the model has under
-    several names are one.
+    A collective call where it is: the result is the first rank's (rank 0, or the first of the mesh), and empty on the
+    others. Tensors that the model has under several names are one. Where experts are sliced (E < W),
+    ``get_model_state_dict`` gives other shapes, with gate and up projection apart: see :func:`to_checkpoint`.
     """
-    joined, first = _joined_parameters(model), not dist.is_initialized() or dist.get_rank() == 0
+    joined, first = _joined_parameters(model), not dist.is_initialized() or dist.get_rank() == first_rank(model)[0]
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -91,6 +93,33 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
             gathered[id(tensor)] = whole.detach().cpu().contiguous() if first else whole.new_empty(0)
         state[name] = gathered[id(tensor)]
     return state if first else {}
+
+
+def own_parts(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``state`` (whole tensors, as :func:`full_state_dict` gives them) as PyTorch's ``load_state_dict`` takes it: this
+    rank's part where the model is spread over ranks. Nothing is sent. What does not fit is left as it is."""
+    joined = _joined_parameters(model)
+    told = dict(state)
+    for name, like in model.state_dict(keep_vars=True).items():
+        whole = told.get(name)
+        if not isinstance(like, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
+            continue
+        if name in joined and tuple(whole.shape) == joined[name].stored and tuple(like.shape) != joined[name].stored:
+            whole = joined[name].field.canonical(whole)
+        if whole.shape == like.shape:
+            mesh, placements = like.device_mesh, like.placements
+            lengths, starts = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+            own = whole[tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))]
+            told[name] = as_dtensor(own.to(mesh.device_type), mesh, placements, like.shape)
+    return told
+
+
+def first_rank(model: nn.Module) -> tuple[int, Any]:
+    """The first of the ranks that a model is spread over, and their process group; all ranks where it is not."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+            return int(parameter.device_mesh.mesh[0]), parameter.device_mesh.get_group()
+    return 0, None
 
 
 def _joined_parameters(model: nn.Module) -> dict[str, _Joined]:

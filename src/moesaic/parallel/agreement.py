@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_VALUES = ": values "
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
@@ -29,7 +30,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
         if tensor.is_meta:
             raise ConfigError(f"{name} is on the meta device and has no values: load the weights first")
         trained = ", trained" if tensor.requires_grad else ""
-        told[name] = f"{list(tensor.shape)} {tensor.dtype}{trained}: {_fingerprint(tensor.detach()):x}"
+        told[name] = f"{list(tensor.shape)} {tensor.dtype}{trained}{_VALUES}{_fingerprint(tensor.detach()):x}"
     return told
 
 
@@ -49,9 +50,10 @@ def check_alike(told: Mapping[str, str], group: Any) -> None:
     for rank, other in zip(ranks[1:], gathered[1:], strict=True):
         for name in [*first, *other]:
             if first.get(name) != other.get(name):
+                difference = _difference(other.get(name), first.get(name))
                 raise ConfigError(
-                    f"rank {rank} differs from rank {ranks[0]} in {name} ({_brief(other.get(name))} instead of "
-                    f"{_brief(first.get(name))}): all ranks must begin with the same weights and settings"
+                    f"rank {rank} differs from rank {ranks[0]} in {name} ({difference}): "
+                    "all ranks must begin with the same weights and settings"
                 )
 
 
@@ -63,6 +65,16 @@ def _fingerprint(tensor: Tensor) -> int:
     # By place, or rows could change theirs unnoticed; overflow does no harm.
     places = torch.arange(1, 2 * len(rows), 2, device=rows.device)
     return int((rows * places).sum()) & 0xFFFFFFFFFFFFFFFF
+
+
+def _difference(text: str | None, wanted: str | None) -> str:
+    kind, values, _ = (text or "").rpartition(_VALUES)
+    if values and (wanted or "").rpartition(_VALUES)[0] == kind:
+        return (
+            "other values: set the same seed before building it, as by torch.manual_seed(0), or load the same "
+            "checkpoint on every rank"
+        )
+    return f"{_brief(text)} instead of {_brief(wanted)}"
 
 
 def _brief(text: str | None) -> str:

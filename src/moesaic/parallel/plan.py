@@ -68,9 +68,9 @@ class Wish:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"unknown {name} {value!r}: {did_you_mean(value, [each for each in allowed if each])}"
+                    f"unknown {name} {value!r}: {did_you_mean(str(value), [each for each in allowed if each])}"
                 )
         for name in ("overlap", "replicas"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} is {value!r}: it must be a whole number, at least 1")
