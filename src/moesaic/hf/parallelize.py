@@ -23,9 +23,11 @@ from moesaic.layer import MoE
 from moesaic.parallel.agreement import check_alike, fingerprints
 from moesaic.parallel.choice import compute, links, overhead
 from moesaic.parallel.choice.chooser import Chooser
+from moesaic.parallel.choice.decisions import name_layer
 from moesaic.parallel.exchange import EXCHANGES
 from moesaic.parallel.experts import ParallelExperts
 from moesaic.parallel.fields import ExpertForm
+from moesaic.parallel.groups import group_of
 from moesaic.parallel.holding import Holding
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.plan import AUTO, Wish
@@ -123,7 +125,7 @@ def _ranks(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh:
         raise ConfigError(f"the mesh has the ranks {mesh.mesh.tolist()}: they must be in rising order")
     if mesh.ndim == 1:
         return mesh
-    group = dist.new_group(members.tolist(), use_local_synchronization=True)
+    group = group_of(members.tolist(), "ranks")
     return DeviceMesh.from_group(group, mesh.device_type, mesh=members, mesh_dim_names=("ranks",))
 
 
@@ -183,6 +185,7 @@ def _shard_experts(found: Sequence[_Found], ranks: DeviceMesh, topology: Topolog
         if alike not in choosers:
             own = _own_part(each, topology.rank)
             choosers[alike] = Chooser(links_here, compute.measure(own, layout, topology, overhead_here), topology)
+        name_layer(choosers[alike], each.name)
         parallel = ParallelExperts(each.form, layout, topology, choosers[alike], wish, each.name)
         each.module.__dict__["parallel"] = parallel
 

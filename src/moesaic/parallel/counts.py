@@ -26,7 +26,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 # over twice as long with 4 and 8 ranks.
 _AT_ONCE = 64
 # What a rank says beside its counts, in this order: words of 32 bits, of 64, and 32-bit floating-point seconds.
-_WORDS, _LONG_WORDS, _SECONDS = ("tokens", "grad", "timed"), ("layer", "wish", "state"), ("forward", "backward")
+_WORDS, _SECONDS = ("tokens", "grad", "timed"), ("forward", "backward")
+_LONG_WORDS = ("layer", "wish", "state", "forward_start", "backward_start")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Told:
         rows_WB, tokens_W: see :class:`Workload`.
         grad: whether a backward pass will follow.
         timed: number of the latest decision that all ranks have timed, or 0.
-        forward_W, backward_W: its seconds on each rank.
+        forward_W, backward_W: its seconds, see :func:`_spans`.
     """
 
     counts_WE: IntArray
@@ -59,7 +60,8 @@ class Message:
         counts_E, asked_E, rows_B: int64; asked_E is None where no capacity drops slots, alike on all ranks.
         layer, wish, state: numbers that must be the same on all ranks: of the layer and its sizes, of what the user
             wishes for, and of what decisions depend on.
-        timed, forward, backward: a decision and its seconds, 0 where there is none.
+        timed: a decision, 0 where there is none. forward, backward: its seconds; forward_start, backward_start: when
+            the passes began, nanoseconds of this machine's monotonic clock.
     """
 
     counts_E: Tensor
@@ -73,6 +75,8 @@ class Message:
     timed: int
     forward: float
     backward: float
+    forward_start: int = 0
+    backward_start: int = 0
 
 
 def message_bytes(layout: ExpertLayout) -> int:
@@ -110,19 +114,38 @@ def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) 
         tokens_W=by_word["tokens"],
         grad=bool(by_word["grad"][0]),
         timed=int(by_word["timed"][0]) if same else 0,
-        forward_W=tuple(forward_W),
-        backward_W=tuple(backward_W),
+        forward_W=_spans(by_word["forward_start"], forward_W, topology.machines),
+        backward_W=_spans(by_word["backward_start"], backward_W, topology.machines),
     )
 
 
 def _packed(message: Message) -> Tensor:
     """The message as int32: every rank gets it of every other one, so it should be small."""
     words = torch.tensor([message.tokens, int(message.grad), message.timed], dtype=torch.int32)
-    long_words = torch.tensor([message.layer, message.wish, message.state], dtype=torch.int64)
+    numbers = [message.layer, message.wish, message.state, message.forward_start, message.backward_start]
+    long_words = torch.tensor(numbers, dtype=torch.int64)
     seconds = torch.tensor([message.forward, message.backward], dtype=torch.float32)
     beside = torch.cat([words, long_words.view(torch.int32), seconds.view(torch.int32)])
     counts = [each for each in (message.counts_E, message.asked_E, message.rows_B) if each is not None]
     return torch.cat([*(each.int() for each in counts), beside.to(message.counts_E.device)])
+
+
+def _spans(start_W: IntArray, seconds_W: list[float], machines: tuple[int, ...]) -> tuple[float, ...]:
+    """Seconds from when the first rank of a machine began to when its last one was done, for each of its ranks.
+
+    Ranks that share cores take turns: each may have been quick, and all of them together slow. Where clocks cannot be
+    compared (time namespaces), the slowest rank's own time.
+    """
+    spans = list(seconds_W)
+    for machine in set(machines):
+        members = [rank for rank, here in enumerate(machines) if here == machine and seconds_W[rank] > 0.0]
+        if members:
+            longest = max(seconds_W[rank] for rank in members)
+            began = min(int(start_W[rank]) for rank in members)
+            span = max(int(start_W[rank]) - began + 1e9 * seconds_W[rank] for rank in members) / 1e9
+            for rank in members:
+                spans[rank] = span if span <= len(members) * longest else longest
+    return tuple(spans)
 
 
 def number_of(text: str) -> int:

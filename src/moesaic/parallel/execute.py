@@ -6,11 +6,12 @@ T tokens · D model width · K slots per token · N rows on their way · R rows 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from moesaic.dispatch import Dispatch
 from moesaic.experts import Choice, compute_and_tell
 from moesaic.parallel.exchange import EXCHANGES, Nothing, Pending
-from moesaic.parallel.fetch import GradientReturn, Tensors, WeightGather
+from moesaic.parallel.fetch import GradientReturn, Tensors, WeightGather, sum_dtype
 from moesaic.parallel.holding import Holding
 from moesaic.parallel.liveness.watch import Watch
 from moesaic.parallel.packing import pack, unpack
@@ -52,14 +53,16 @@ class Call:
         grad: keep what the backward pass needs.
         learns: whether any of the experts' tensors requires a gradient.
         layer: its name, for errors.
+        stored: the parameters behind the tensors, where these are no copies.
 
     Attributes:
+        keeps, layer, stored: ``grad`` and the arguments.
         choice: the backend that computed last, or None.
-        on_backward: is told the seconds of the backward pass.
+        on_backward: is told when the backward pass began (:func:`time.monotonic_ns`), and its seconds.
     """
 
     choice: Choice | None = None
-    on_backward: Callable[[float], None] | None = None
+    on_backward: Callable[[int, float], None] | None = None
 
     def __init__(
         self,
@@ -72,12 +75,19 @@ class Call:
         learns: bool,
         watch: Watch,
         layer: str,
+        stored: Sequence[Tensor] = (),
     ) -> None:
-        self._schedule, self._topology, self._own = schedule, topology, own
-        self._grad, self._learns, self._watch, self._layer = grad, learns, watch, layer
-        self._workload = schedule.workload
-        self._selection = Selection(schedule, topology.rank, ids_TK)
+        self._topology, self._own = topology, own
+        self.keeps, self._learns, self._watch = grad, learns, watch
+        self.layer, self.stored = layer, stored
+        # What is kept until the backward pass grows with the ranks and not with their square.
+        rank = topology.rank
+        self._workload, self._members = schedule.workload.without_counts(), schedule.members
+        self._selection = Selection(schedule, rank, ids_TK)
         self._exchange = EXCHANGES.get(schedule.plan.exchange)
+        self._sizes = self._exchange.sizes(topology, schedule.rows) if schedule.moves_rows else None
+        self._phases = schedule.gather(rank)
+        self._hot = schedule.fetches(np.array([rank]), slice(None))[0].nonzero()[0].tolist()
         self._ids_TK = ids_TK
         self._computed: list[_Computed | None] = []
         self._fetched: _Computed | None = None
@@ -122,7 +132,7 @@ class Call:
                 rows_RK = grad_RD.new_zeros(grad_RD.shape[0], self._workload.top_k)
                 return pack(self._workload, torch.zeros_like(grad_RD), rows_RK)
             grad_x_RD, grad_weights_RK, grads = computed.gradients(grad_RD, self._learns)
-            _accumulate(shared_grads if self._schedule.members > 1 else own_grads, grads)
+            _accumulate(shared_grads if self._members > 1 else own_grads, grads)
             self._computed[chunk] = None
             return pack(self._workload, grad_x_RD, grad_weights_RK)
 
@@ -130,15 +140,15 @@ class Call:
         fetched = self._differentiate_fetched(grad_TD)
         if self._learns and not own_grads:
             own_grads = {name: torch.zeros_like(each) for name, each in tensors.items()}
-        self._return_gradients(own_grads, shared_grads, fetched[2] if fetched else {})
+        own_grads = self._return_gradients(own_grads, shared_grads, fetched[2] if fetched else {})
         rows = [unpack(self._workload, each)[:2] for each in self._arrived("gradients' way back", returning)]
         grad_x_TD = self._selection.collect([x_ND for x_ND, _ in rows])
         grad_weights_TK = self._selection.collect([weights_NK for _, weights_NK in rows])
         if fetched is not None:
             grad_x_TD, grad_weights_TK = grad_x_TD + fetched[0], grad_weights_TK + fetched[1]
-        for each in own_grads.values():
-            each.div_(self._topology.size)
-        return grad_x_TD, grad_weights_TK, own_grads
+        size = self._topology.size
+        means = {name: each.div_(size).to(tensors[name].dtype) for name, each in own_grads.items()}
+        return grad_x_TD, grad_weights_TK, means
 
     # Tokens
 
@@ -151,10 +161,10 @@ class Call:
         return self._begin(grad_TD[self._selection.tokens(chunk)], chunk, "tokens")
 
     def _begin(self, rows: Tensor, chunk: int, kind: str) -> Pending:
-        sizes_WW = self._selection.sizes(chunk)
-        if sizes_WW.sum() == sizes_WW.trace():
+        if self._sizes is None:
             return Nothing(rows)
-        return self._exchange.start(self._topology, rows, sizes_WW if kind == "tokens" else sizes_WW.T, kind)
+        sizes = (self._sizes if kind == "tokens" else self._sizes.turned()).chunk(chunk, self._selection.chunks)
+        return self._exchange.start(self._topology, rows, sizes, kind)
 
     def _pipeline(
         self, name: str, send: Callable[[int], Pending], compute: Callable[[int, Tensor], Tensor], back: str
@@ -187,14 +197,14 @@ class Call:
             self._computed.append(None)
             return x_RD
         holding, held = self._own, tensors
-        if self._schedule.members > 1:
+        if self._members > 1:
             assert self._gather is not None
             holding, held = self._gather.holdings[-1], self._gather.tensors[-1]
         return self._compute(holding, held, x_RD, weights_RK, ids_RK, self._computed.append)
 
     def _compute_fetched(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor | None:
         """The tokens of this rank whose experts' weights have come to it; None where there are none."""
-        if self._gather is None or not self._schedule.fetches_WE[self._topology.rank].any():
+        if self._gather is None or not self._hot:
             self._finish_gather()
             return None
         self._finish_gather()
@@ -218,7 +228,7 @@ class Call:
         keep: Callable[[_Computed], None],
     ) -> Tensor:
         num_experts = len(holding.experts)
-        if not self._grad:
+        if not self.keeps:
             y, self.choice = compute_and_tell(
                 x, Dispatch.from_slots(ids, weights, num_experts), holding.weights(tensors)
             )
@@ -242,23 +252,22 @@ class Call:
 
     def _start_gather(self, tensors: Tensors) -> None:
         """Begin to fetch what this rank, or another, computes with beside its own."""
-        schedule, rank = self._schedule, self._topology.rank
-        if not schedule.gather_phases and schedule.members == 1:
+        rank, members = self._topology.rank, self._members
+        if not self._phases and members == 1:
             return
         layout, form = self._workload.layout, self._own.form
-        hot = Holding(form, layout, schedule.fetches_WE[rank].nonzero()[0].tolist(), range(layout.slices))
-        holdings = [hot]
-        if schedule.members > 1:
-            first = rank % layout.slices // schedule.members * schedule.members
-            holdings.append(Holding(form, layout, layout.experts_of(rank), range(first, first + schedule.members)))
-        self._gather = WeightGather(schedule, self._topology, self._own, tensors, holdings)
+        holdings = [Holding(form, layout, self._hot, range(layout.slices))]
+        if members > 1:
+            first = rank % layout.slices // members * members
+            holdings.append(Holding(form, layout, layout.experts_of(rank), range(first, first + members)))
+        self._gather = WeightGather(self._phases, self._topology, self._own, tensors, holdings)
         self._gather.start(tensors)
 
     def _finish_gather_before_use(self) -> None:
         """At the first chunk: its experts' other slices must be there; else the weights' second leg may begin."""
         if self._gather is None:
             return
-        if self._schedule.members > 1:
+        if self._members > 1:
             self._finish_gather()
         else:
             with self._waiting("weights gather"):
@@ -270,21 +279,24 @@ class Call:
                 self._gather.advance()
                 self._gather.wait()
 
-    def _return_gradients(self, own_grads: Tensors, shared_grads: Tensors, hot_grads: Tensors) -> None:
+    def _return_gradients(self, own_grads: Tensors, shared_grads: Tensors, hot_grads: Tensors) -> Tensors:
+        """This rank's own gradients, with what the others have for them."""
         if self._gather is None:
-            return
+            return own_grads
         if self._learns:
+            own_grads = {name: each.to(sum_dtype(each)) for name, each in own_grads.items()}
             grads = [hot_grads, shared_grads]
             held = [(holding, each) for holding, each in zip(self._gather.holdings, grads, strict=False) if each]
-            back = GradientReturn(self._schedule, self._topology, self._own, own_grads, held)
+            back = GradientReturn(self._phases, self._topology, self._own, own_grads, held, self._workload.dtype)
             with self._waiting("weight gradients' return"):
                 back.start()
                 back.finish()
         self._gather.free()
+        return own_grads
 
     @contextmanager
     def _waiting(self, name: str) -> Iterator[None]:
-        with self._watch.collective(name, layer=self._layer):
+        with self._watch.collective(name, layer=self.layer):
             yield
 
 
@@ -294,8 +306,9 @@ class Execute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x_TD: Tensor, weights_TK: Tensor, names: tuple[str, ...], *own: Tensor) -> Tensor:
         ctx.call, ctx.names = call, names
-        # Not saved for backward by autograd: parameters do not change between the passes, and their memory is theirs.
+        # Not saved for backward by autograd, which would copy or offload what is there anyway: their memory is theirs.
         ctx.own = [each.detach() for each in own]
+        ctx.versions = _versions(ctx.own, call.stored) if call.keeps else ()
         return call.forward(x_TD.detach(), weights_TK.detach(), dict(zip(names, ctx.own, strict=True)))
 
     @staticmethod
@@ -304,21 +317,29 @@ class Execute(torch.autograd.Function):
         if ctx.call is None:
             raise RuntimeError("a parallel layer's backward pass runs once: call forward again instead")
         call, ctx.call = ctx.call, None
-        start = time.perf_counter()
+        if _versions(ctx.own, call.stored) != ctx.versions:
+            raise RuntimeError(
+                f"the experts' weights of layer {call.layer} have been modified by an inplace operation between its "
+                "forward and its backward pass: their gradients would be of other weights"
+            )
+        start = time.monotonic_ns()
         grad_x_TD, grad_weights_TK, grads = call.backward(grad_TD, dict(zip(ctx.names, ctx.own, strict=True)))
         if call.on_backward is not None:
-            call.on_backward(time.perf_counter() - start)
+            call.on_backward(start, (time.monotonic_ns() - start) / 1e9)
         wanted = ctx.needs_input_grad[4:]
         own = [grads.get(name) if needed else None for name, needed in zip(ctx.names, wanted, strict=True)]
         return None, grad_x_TD, grad_weights_TK, None, *own
 
 
+def _versions(own: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[int, ...]:
+    # What an optimizer does to a DTensor is counted by that, not by its local tensor, and the other way round.
+    return tuple(each._version for each in (*own, *stored))
+
+
 def _accumulate(total: Tensors, grads: Tensors) -> None:
     for name, grad in grads.items():
-        if name in total:
-            total[name].add_(grad)
-        else:
-            total[name] = grad
+        # A sum of many in half precision would lose what is small beside it.
+        total[name] = total[name].to(sum_dtype(grad)).add_(grad) if name in total else grad
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,14 @@ _KEPT = 64
 
 @dataclass
 class _Timing:
-    """Seconds of one decision on this rank; ``backward`` is None until it has run."""
+    """Seconds of one decision on this rank, and when its passes began (:func:`time.monotonic_ns`); ``backward`` is None
+    until it has run."""
 
     number: int
     forward: float
     backward: float | None
+    forward_start: int = 0
+    backward_start: int = 0
 
 
 class ParallelExperts:
@@ -85,7 +89,7 @@ class ParallelExperts:
         self._block_of_id = torch.tensor([*layout.block_of_expert.tolist(), layout.blocks])
         self._identity = number_of(f"{name} {layout} {self._slice_elements}")
         self._timings: deque[_Timing] = deque(maxlen=_KEPT)
-        self._watch = Watch.of()
+        self._watch = Watch.of(topology.group)
         # Not as a decorator: that would import the compiler, which takes its time, with this file.
         self._run_eagerly: Any = torch.compiler.disable(self._run)
 
@@ -96,6 +100,7 @@ class ParallelExperts:
         weights_TK: Tensor,
         tensors: dict[str, Tensor],
         asked_E: Tensor | None = None,
+        stored: Sequence[Tensor] = (),
     ) -> Tensor:
         """``[T, D]``: for each of this rank's tokens the weighted sum of its experts' outputs; a collective call.
 
@@ -105,15 +110,23 @@ class ParallelExperts:
             weights_TK: routing weights.
             tensors: this rank's part of the experts, canonical, by field name.
             asked_E: ``[E]`` slots before capacity dropped some; those of ``ids_TK`` by default.
+            stored: the parameters behind ``tensors``, where these are no copies: that they change before the backward
+                pass is an error then.
 
         Raises:
             ParallelError: where ranks do not do the same, or one of them fails.
         """
-        y_TD: Tensor = self._run_eagerly(x_TD, ids_TK, weights_TK, tensors, asked_E)
+        y_TD: Tensor = self._run_eagerly(x_TD, ids_TK, weights_TK, tensors, asked_E, stored)
         return y_TD
 
     def _run(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, tensors: dict[str, Tensor], asked_E: Tensor | None
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        tensors: dict[str, Tensor],
+        asked_E: Tensor | None,
+        stored: Sequence[Tensor],
     ) -> Tensor:
         num_experts = self.layout.num_experts
         ids_TK = ids_TK.clamp(max=num_experts)
@@ -122,7 +135,7 @@ class ParallelExperts:
         workload = self._tell(x_TD, ids_TK, grad, asked_E)
         decision = self.chooser.choose(workload, current_wish() or self.wish)
         self.last_decision = decision
-        start = time.perf_counter()
+        start = time.monotonic_ns()
         call = Call(
             Schedule(decision.plan, workload),
             self.topology,
@@ -132,11 +145,12 @@ class ParallelExperts:
             learns=learns,
             watch=self._watch,
             layer=self.name,
+            stored=stored,
         )
         with torch.autocast(x_TD.device.type, enabled=False):
             y_TD: Tensor = Execute.apply(call, x_TD, weights_TK, tuple(tensors), *tensors.values())  # type: ignore[no-untyped-call]
         self.last_choice = call.choice
-        self._note(decision.number, time.perf_counter() - start, call if workload.grad else None)
+        self._note(decision.number, start, call if workload.grad else None)
         return y_TD
 
     def _tell(self, x_TD: Tensor, ids_TK: Tensor, grad: bool, asked_E: Tensor | None) -> Workload:
@@ -156,6 +170,8 @@ class ParallelExperts:
             timed=timing.number,
             forward=timing.forward,
             backward=timing.backward or 0.0,
+            forward_start=timing.forward_start,
+            backward_start=timing.backward_start,
         )
         with self._watch.collective("counts exchange", layer=self.name):
             told = tell(message, self.layout, self.topology, self.name)
@@ -176,15 +192,16 @@ class ParallelExperts:
             grad=told.grad,
         )
 
-    def _note(self, number: int, forward: float, call: Call | None) -> None:
+    def _note(self, number: int, start: int, call: Call | None) -> None:
         """Keep what the call took until it can be told; with a backward pass, when that has run too."""
         if self.topology.device != "cpu":
             return  # the host does not see how long it took
-        timing = _Timing(number, forward, None if call else 0.0)
+        forward = (time.monotonic_ns() - start) / 1e9
+        timing = _Timing(number, forward, None if call else 0.0, start)
         self._timings.append(timing)
         if call is not None:
 
-            def done(seconds: float) -> None:
-                timing.backward = seconds
+            def done(start: int, seconds: float) -> None:
+                timing.backward_start, timing.backward = start, seconds
 
             call.on_backward = done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -95,8 +96,10 @@ class WeightGather:
     def _put(self, part: Part, vector: Tensor) -> None:
         for holding, held in zip(self.holdings, self.tensors, strict=True):
             if part in holding:
-                # Autograd may have saved these tensors: their values come back, they do not change.
-                with _unsafe_preserve_version_counter(tuple(held.values())):
+                # Autograd may have saved these tensors: their values come back, they do not change. In inference mode
+                # it saves nothing, and counts no versions.
+                inference = torch.is_inference_mode_enabled()
+                with nullcontext() if inference else _unsafe_preserve_version_counter(tuple(held.values())):
                     holding.put(held, *part, vector)
 
     def _send(self, parcels: Parcels, piece_of: Callable[[Parcel], Tensor], like: Tensor) -> Leg:
@@ -111,8 +114,9 @@ class GradientReturn:
     """The gradients of gathered weights back to their owners, summed on the way where the weights were relayed.
 
     Args:
-        own: what this rank owns; ``own_grads`` are its gradients, onto which everything is added.
+        own: what this rank owns; ``own_grads`` are its gradients, in the dtype of sums, onto which everything is added.
         held: the gathered holdings with their gradients.
+        dtype: in which gradients travel.
     """
 
     def __init__(
@@ -122,8 +126,9 @@ class GradientReturn:
         own: Holding,
         own_grads: Tensors,
         held: Sequence[tuple[Holding, Tensors]],
+        dtype: torch.dtype,
     ) -> None:
-        self._topology, self._own, self._own_grads = topology, own, own_grads
+        self._topology, self._own, self._own_grads, self._dtype = topology, own, own_grads, dtype
         # The weights' way backwards: what received sends.
         self._phases = [phase.turned() for phase in reversed(schedule.gather_phases)]
         self._sums: dict[Part, Tensor] = {}
@@ -149,7 +154,7 @@ class GradientReturn:
             part = (parcel.expert, parcel.slice_)
             if part not in totals:
                 zeros = self._own.vector(self._own_grads, *part)
-                totals[part] = torch.zeros_like(zeros, dtype=_sum_dtype(zeros))
+                totals[part] = torch.zeros_like(zeros, dtype=sum_dtype(zeros))
             totals[part][parcel.first : parcel.last] += piece
         for part, total in totals.items():
             self._own.add(self._own_grads, *part, total)
@@ -164,10 +169,10 @@ class GradientReturn:
                     self._sums[part] += vector
                 else:
                     # A copy of its own: sums of others' are added to it.
-                    self._sums[part] = vector.to(_sum_dtype(vector), copy=True)
+                    self._sums[part] = vector.to(sum_dtype(vector), copy=True)
 
     def _send(self, phase: int) -> Leg:
-        like = next(iter(self._own_grads.values()))
+        like = next(iter(self._own_grads.values())).new_empty(0, dtype=self._dtype)
         parcels = self._phases[phase]
         return _send(
             self._topology,
@@ -195,5 +200,6 @@ def _arrived(rank: int, parcels: Parcels, rows: Tensor) -> list[tuple[Parcel, Te
     return list(zip(mine, rows.split([parcel.last - parcel.first for parcel in mine]), strict=True)) if mine else []
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Of sums of many such tensors, which are rounded once, at the end."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -24,6 +24,7 @@ from torch.nn.utils import get_total_norm
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts import ExpertWeights
 from moesaic.parallel.fields import ExpertForm, Field
+from moesaic.parallel.groups import group_of, kept
 from moesaic.parallel.layout import ExpertLayout, chunk
 
 
@@ -123,10 +124,12 @@ def expert_mesh(ranks: DeviceMesh, layout: ExpertLayout) -> DeviceMesh:
         return ranks
     grid = ranks.mesh.view(layout.blocks, layout.slices)
     block, slice_ = layout.place(ranks.get_local_rank())
-    groups = [
-        dist.new_group(members.tolist(), use_local_synchronization=True) for members in (grid[:, slice_], grid[block])
-    ]
-    return DeviceMesh.from_group(groups, ranks.device_type, mesh=grid, mesh_dim_names=("blocks", "slices"))
+
+    def make() -> DeviceMesh:
+        groups = [group_of(grid[:, slice_].tolist(), "blocks"), group_of(grid[block].tolist(), "slices")]
+        return DeviceMesh.from_group(groups, ranks.device_type, mesh=grid, mesh_dim_names=("blocks", "slices"))
+
+    return kept(("expert mesh", ranks.device_type, str(grid.tolist())), make)
 
 
 def shard_experts(module: nn.Module, sharding: Sharding) -> None:
@@ -169,7 +172,9 @@ def local_tensors(module: nn.Module) -> dict[str, Tensor]:
     sharding: Sharding = module.__dict__["sharding"]
     tensors = {}
     for field in sharding.form.fields:
-        own: Tensor = _Local.apply(module.get_parameter(sharding.names[field.name]))  # type: ignore[no-untyped-call]
+        parameter: Any = module.get_parameter(sharding.names[field.name])
+        # In inference mode a DTensor could not even be detached.
+        own: Tensor = _Local.apply(parameter) if torch.is_grad_enabled() else parameter.to_local()  # type: ignore[no-untyped-call]
         tensors[field.name] = own if sharding.layout.slices > 1 else field.canonical(own)
     return tensors
 
@@ -179,13 +184,13 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
-        ctx.like = parameter.detach()
+        ctx.placed = parameter.device_mesh, parameter.placements, parameter.shape
         own = parameter.to_local()
         return own.view_as(own)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> DTensor:
-        return as_dtensor(grad.contiguous(), ctx.like.device_mesh, ctx.like.placements, ctx.like.shape)
+        return as_dtensor(grad.contiguous(), *ctx.placed)
 
 
 def forward_sharded(
@@ -203,12 +208,13 @@ def forward_sharded(
     Raises:
         ConfigError: where features and weights differ in width or dtype.
     """
-    tensors = local_tensors(module)
+    tensors, sharding = local_tensors(module), module.__dict__["sharding"]
+    stored = [module.get_parameter(name) for name in sharding.names.values()]
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        stored = [each for each in stored if each.dtype == dtype]
         x_TD, tensors = x_TD.to(dtype), {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    sharding: Sharding = module.__dict__["sharding"]
     d_model = sharding.form.d_model
     if x_TD.ndim != 2 or x_TD.shape[1] != d_model:
         raise ConfigError(f"the experts take features of shape [tokens, {d_model}], got {list(x_TD.shape)}")
@@ -218,7 +224,7 @@ def forward_sharded(
                 f"features are {x_TD.dtype} but the expert weights are {tensor.dtype} ({name}): they must be alike"
             )
     parallel: Any = module.__dict__["parallel"]
-    y_TD: Tensor = parallel(x_TD, ids_TK, weights_TK, tensors, asked_E=asked_E)
+    y_TD: Tensor = parallel(x_TD, ids_TK, weights_TK, tensors, asked_E=asked_E, stored=stored)
     told: Any = module
     told.last_choice, told.last_counts, told.last_decision = (
         parallel.last_choice,

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.errors import ConfigError
+from moesaic.parallel.groups import group_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,15 @@ class Topology:
     def num_hosts(self) -> int:
         return max(self.hosts) + 1
 
-    @property
+    @cached_property
     def ranks_by_host(self) -> list[list[int]]:
         """The ranks of each host, in order."""
-        return [[rank for rank in range(self.size) if self.hosts[rank] == host] for host in range(self.num_hosts)]
+        by_host: list[list[int]] = [[] for _ in range(self.num_hosts)]
+        for rank, host in enumerate(self.hosts):
+            by_host[host].append(rank)
+        return by_host
 
-    @property
+    @cached_property
     def is_grid(self) -> bool:
         """Whether there are several hosts with the same number of ranks, more than one: what two dimensions need."""
         by_host = self.ranks_by_host
@@ -75,7 +79,7 @@ class Topology:
         host, and without it the host's name.
 
         Args:
-            timeout: seconds after which an exchange that does not end is an error; the process group's by default.
+            timeout: seconds after which an exchange that does not end is an error; the default group's by default.
 
         Raises:
             ConfigError: for a mesh of more than two dimensions, whose ranks do not rise, or that this process is
@@ -89,7 +93,7 @@ class Topology:
         if list(ranks) != sorted(ranks):  # process groups, those of DTensors too, would sort them
             raise ConfigError(f"the mesh has the ranks {list(ranks)}: they must rise")
         rank = ranks.index(dist.get_rank())
-        group = _group(ranks, timeout)
+        group = group_of(ranks, "exchange", timeout)
         hosts, machines = _gathered(len(ranks), group)
         if mesh.ndim == 2:
             hosts = tuple(index // mesh.shape[1] for index in range(len(ranks)))
@@ -98,18 +102,9 @@ class Topology:
             return made
         by_host = made.ranks_by_host
         place = by_host[hosts[rank]].index(rank)
-        inside = _group([ranks[each] for each in by_host[hosts[rank]]], timeout)
-        across = _group([ranks[members[place]] for members in by_host], timeout)
+        inside = group_of([ranks[each] for each in by_host[hosts[rank]]], "exchange inside", timeout)
+        across = group_of([ranks[members[place]] for members in by_host], "exchange across", timeout)
         return replace(made, inside=inside, across=across)
-
-
-def _group(ranks: Sequence[int], timeout: float | None) -> Any:
-    # One of our own: what others send on theirs at the same time (FSDP, checkpoints) cannot come between.
-    return dist.new_group(
-        list(ranks),
-        timeout=None if timeout is None else timedelta(seconds=timeout),
-        use_local_synchronization=True,
-    )
 
 
 def _gathered(size: int, group: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

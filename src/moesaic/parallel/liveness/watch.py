@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 
 from moesaic.errors import ConfigError, MoesaicError, ParallelError
+from moesaic.parallel.groups import timeout_of
 from moesaic.parallel.liveness.monitor import Monitor, Place, Spot, group_store
 
 # What Gloo and NCCL say when a peer is gone; PyTorch raises a plain RuntimeError for most of it.
@@ -100,7 +101,7 @@ class Watch:
 
     def __init__(self, group: Any = None, *, timeout: float | None = None, interval: float = 1.0) -> None:
         group = group or dist.group.WORLD
-        timeout = _group_timeout(group) if timeout is None else timeout
+        timeout = timeout_of(group) if timeout is None else timeout
         if not (timeout > 0 and interval > 0):
             raise ConfigError(f"timeout is {timeout} s and interval {interval} s: both must be above 0")
         self.timeout, self.interval = timeout, interval
@@ -122,10 +123,10 @@ class Watch:
         The times are those of the call that makes it.
         """
         ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+        for stale in [each for each, watch in cls._of.items() if watch._job is not dist.group.WORLD]:
+            cls._of.pop(stale).close()
         found = cls._of.get(ranks)
-        if found is None or found._closed or found._job is not dist.group.WORLD:
-            if found is not None:
-                found.close()
+        if found is None or found._closed:
             found = cls._of[ranks] = cls(group, timeout=timeout, interval=interval)
         return found
 
@@ -197,22 +198,21 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}"[:400] if message else type(error).__name__
 
 
-def _group_timeout(group: Any) -> float:
-    times = [group._get_backend(device).options._timeout for device in group._device_types]
-    return float(min(times).total_seconds())
-
-
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 _terminated = False
 
 
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def _take_sigterm() -> None:
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def _give_sigterm_back() -> None:
-    if not _watches and signal.getsignal(signal.SIGTERM) is _on_sigterm:
+    if not _watches and _is_main_thread() and signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -224,6 +224,9 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 
 def _end_by_sigterm() -> None:
+    if not _is_main_thread():  # autograd's: handlers are the main thread's, and it gets the signal again
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
     for monitor in [watch._monitor for watch in _watches]:
         before = monitor.place
         if not before.error:

@@ -1,0 +1,56 @@
+"""The process groups of our own, and what belongs to one: made once, for all models over the same ranks.
+
+A group costs threads and connections for as long as the process lives, so it is kept and used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, TypeVar
+
+import torch.distributed as dist
+
+Made = TypeVar("Made")
+
+
+class _Kept:
+    """What there is in this life of the default process group."""
+
+    job: Any = None
+    made: ClassVar[dict[Hashable, Any]] = {}
+
+
+def kept(key: Hashable, make: Callable[[], Made]) -> Made:
+    """What ``make`` gave when the default process group first met ``key``; all ranks that take part ask alike."""
+    if _Kept.job is not dist.group.WORLD:
+        _Kept.job = dist.group.WORLD
+        _Kept.made.clear()
+    if key not in _Kept.made:
+        _Kept.made[key] = make()
+    made: Made = _Kept.made[key]
+    return made
+
+
+def group_of(ranks: Sequence[int], purpose: str, timeout: float | None = None) -> Any:
+    """A process group; a collective call by its ranks.
+
+    Args:
+        purpose: what others send on groups of their own at the same time (FSDP, checkpoints) cannot come between.
+        timeout: seconds; the default group's by default.
+    """
+    seconds = timeout_of(dist.group.WORLD) if timeout is None else timeout
+    # Only its own ranks need to come; but their names for it, which count groups, then differ where some of them have
+    # been in groups without the others. Of all ranks all come.
+    some = len(ranks) < dist.get_world_size()
+
+    def make() -> Any:
+        return dist.new_group(list(ranks), timeout=timedelta(seconds=seconds), use_local_synchronization=some)
+
+    return kept(("group", purpose, tuple(ranks), seconds), make)
+
+
+def timeout_of(group: Any) -> float:
+    """Seconds after which a group's collectives fail."""
+    times = [group._get_backend(device).options._timeout for device in group._device_types]
+    return float(min(times).total_seconds())
