@@ -147,3 +147,17 @@ def copied() -> bool:
     model = moesaic.parallelize(build("olmoe", 4))
     head = copy.deepcopy(model.lm_head)
     return torch.equal(head.weight.full_tensor(), model.lm_head.weight.full_tensor())
+
+
+def test_explain_names_the_layers_that_are_there() -> None:
+    assert harness.pool(2).run(explained) == [["model.layers.0.mlp.experts, model.layers.1.mlp.experts"]] * 2
+
+
+def explained() -> list[str]:
+    model = moesaic.parallelize(build("olmoe", 4))
+    model(mine(tokens(2)))
+    model = moesaic.parallelize(build("mixtral", 4))
+    model(mine(tokens(2)))
+    told = [str(each) for each in moesaic.parallel.explain()]
+    assert all("\n" not in line for line in told)
+    return [line.split(" | ")[2] for line in told]

@@ -13,6 +13,7 @@ from moesaic.parallel.plan import Plan, Wish
 from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.sent import traffic
 from moesaic.parallel.setting import use_strategy
+from moesaic.parallel.sharding import clip_gradients, gradient_norm
 from moesaic.parallel.topology import Topology
 from moesaic.parallel.workload import Workload
 
@@ -27,7 +28,9 @@ __all__ = [
     "Topology",
     "Wish",
     "Workload",
+    "clip_gradients",
     "explain",
+    "gradient_norm",
     "record",
     "replay",
     "traffic",

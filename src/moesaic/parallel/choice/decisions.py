@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ class Decision:
         signature: the kind of step.
         estimates: the candidates, the fastest first.
         number: of the decision among its chooser's, by which timings are reported.
+        layers: whose chooser it is, where :func:`explain` says it.
     """
 
     plan: Plan
@@ -56,17 +58,23 @@ class Decision:
     signature: StepSignature
     estimates: tuple[Expected, ...]
     number: int
+    layers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line: the plan, why, the three fastest candidates, the kind of step."""
+        """One line: the plan, why, the three fastest candidates, the kind of step, the layers where they are known."""
         told = f"{self.plan} [{self.why}]"
         if self.estimates:
             told += ": " + "; ".join(map(str, self.estimates[:3]))
-        return f"{told} | {self.signature}"
+        return f"{told} | {self.signature}" + (f" | {_listed(self.layers)}" if self.layers else "")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
 
 
 class _Process:
     choosers: ClassVar[list[weakref.ref[Chooser]]] = []
+    layers: ClassVar[weakref.WeakKeyDictionary[Chooser, tuple[str, ...]]] = weakref.WeakKeyDictionary()
     log: list[Decision] | None = None
     replayed: Iterator[Plan] | None = None
     told = 0
@@ -76,6 +84,11 @@ def introduce(chooser: Chooser) -> None:
     """Let :func:`explain` know a chooser, as long as it lives."""
     _Process.choosers = [each for each in _Process.choosers if each() is not None]
     _Process.choosers.append(weakref.ref(chooser))
+
+
+def name_layer(chooser: Chooser, name: str) -> None:
+    """Let :func:`explain` say that this layer is among those that a chooser chooses for."""
+    _Process.layers[chooser] = (*_Process.layers.get(chooser, ()), name)
 
 
 def passed(decision: Decision) -> Decision:
@@ -123,7 +136,12 @@ def replay(plans: Sequence[Plan]) -> Iterator[None]:
 
 
 def explain() -> list[Decision]:
-    """What ``"auto"`` would do now for every kind of step that was met in this process, with the estimates that it
-    rests on; the kinds in the order in which they came."""
-    alive = [chooser for each in _Process.choosers if (chooser := each()) is not None]
-    return [decision for chooser in alive for decision in chooser.decisions()]
+    """What ``"auto"`` would do now for every kind of step that was met by layers that are there, with the estimates
+    that it rests on; the kinds of each chooser (layers of one shape share one) in the order in which they came."""
+    gc.collect()  # parallelized models are in reference cycles: those that are gone would be there still
+    told = []
+    for each in _Process.choosers:
+        if (chooser := each()) is not None:
+            layers = _Process.layers.get(chooser, ())
+            told += [replace(decision, layers=layers) for decision in chooser.decisions()]
+    return told
