@@ -16,7 +16,7 @@ from moesaic.parallel.setting import use_strategy
 
 # The choice is in its steady state when it has explored nothing in so many steps.
 _QUIET_STEPS = 3
-_MOST_STEPS = 40
+_MOST_STEPS = 100
 
 
 @lru_cache(maxsize=1)

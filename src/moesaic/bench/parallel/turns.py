@@ -11,10 +11,9 @@ from torch import distributed
 from moesaic.bench.timing import Times, alternate
 
 Step = Callable[[], object]
-# What takes so many times as long as the best is not timed again: after one round, and after one more.
-_HOPELESS = (1.6, 1.25)
-_LEAST_ROUNDS = 4
-_MOST_ROUNDS = 16
+# Rounds, and how many times as long as the best a contender may have taken in them to stay.
+_HEATS = ((1, 1.6), (2, 1.3), (3, 1.12))
+_LEAST_ROUNDS, _MOST_ROUNDS = 8, 40
 
 
 def seconds_of(step: Step) -> float:
@@ -34,20 +33,21 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
 
 
 def race(steps: Mapping[str, Step], seconds: float, always: tuple[str, ...] = ()) -> dict[str, Times]:
-    """As :func:`take_turns`; after each of the first two rounds only those go on that may still be the fastest.
+    """As :func:`take_turns`; after each of a few heats only those go on that may still be the fastest.
 
     Args:
-        seconds: about how long the later rounds may take, of which there are between 4 and 16.
+        seconds: about how long the last rounds may take, of which there are between 8 and 40.
         always: names that go on whatever they take.
 
     Returns:
-        The times of all; those of the fastest and of ``always`` are the later rounds' alone.
+        The times of all, in the last heat that each was in; those of the fastest and of ``always`` are of the same
+        rounds.
     """
     for step in steps.values():
         step()
     found, left = {}, dict(steps)
-    for hopeless in _HOPELESS:
-        found.update(take_turns(left, 1))
+    for rounds, hopeless in _HEATS:
+        found.update(take_turns(left, rounds))
         best = min(found[name].median for name in left)
         left = {name: step for name, step in left.items() if name in always or found[name].median <= hopeless * best}
     round_seconds = sum(found[name].median for name in left)

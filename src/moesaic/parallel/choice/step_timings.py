@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from moesaic.autotune.timings import ENOUGH, Samples
+from moesaic.autotune.timings import ENOUGH, KEPT, Samples
 from moesaic.parallel.choice.candidates import Candidate
 from moesaic.parallel.choice.cost import PlanEstimate
 from moesaic.parallel.choice.decisions import Expected
 from moesaic.parallel.choice.signature import StepSignature
 
 # Candidates of a kind, and how much slower than the best one of them may seem: by a prediction that nothing has
-# corrected yet, by a corrected one, by its own timings.
+# corrected yet, by a corrected one, by a timing or two (the first one has all that is done once in it), by enough.
 MOST_CANDIDATES = 10
-_DOUBT = {"predicted": 2.0, "corrected": 1.4, "measured": 1.1}
+_DOUBT = {"predicted": 2.0, "corrected": 1.4, "tried": 1.6, "measured": 1.1}
 # Seconds that exploring a kind may lose: so many times the best step, and that share of all its steps.
-_FREE_STEPS, _SHARE = 10.0, 0.01
+_FREE_STEPS, _SHARE = 16.0, 0.01
 # A candidate takes the place of the best only if it is faster by this much, so that noise does not swap two equals.
 _MARGIN = 0.98
-# After so many steps of a kind a candidate that was close is timed once more.
+# After so many steps of a kind a candidate that was close, and timed as often as timings are kept, is timed once more.
 _AGAIN = 200
 # A candidate whose timings never come (a backward pass that is never run) is left alone after so many tries.
 _TRIES = 2 * ENOUGH
@@ -150,7 +150,7 @@ class Kind:
             guesses = self._guesses(self.tried, corrections)
             current = next(guess for guess in guesses if guess.tried is self.best)
             # What was timed gives way only to what was timed as well: a prediction is tried by exploring.
-            rivals = [guess for guess in guesses if guess.source == "measured"] or guesses
+            rivals = [guess for guess in guesses if guess.tried.samples.ratios] or guesses
             if rivals[0].seconds < _MARGIN * current.seconds:
                 current = rivals[0]
             self.best, self.best_seconds = current.tried, current.seconds
@@ -164,7 +164,7 @@ class Kind:
         guesses = []
         for each in tried:
             if each.samples.ratios:
-                ratio, source = each.samples.typical(), "measured"
+                ratio, source = each.samples.typical(), "measured" if each.samples.trusted else "tried"
             else:
                 known = corrections.of(self.signature, each.candidate)
                 ratio, source = (general, "predicted") if known is None else (known, "corrected")
@@ -187,7 +187,7 @@ class Kind:
         if tried.picked >= _TRIES and not tried.samples.ratios:
             return False
         # A timing comes a step later than its try: tries count, not timings.
-        return tried.picked < ENOUGH or self.steps - tried.checked >= _AGAIN
+        return tried.picked < KEPT or self.steps - tried.checked >= _AGAIN
 
 
 def _promising(guesses: list[Guess]) -> list[Guess]:
