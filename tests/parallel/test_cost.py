@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tests.parallel.steps import COMPUTE, GIGABIT, topology, workload
+from tests.parallel.test_schedule import phases_of_all
 
 from moesaic.autotune.prior import Cost
 from moesaic.errors import ConfigError
+from moesaic.parallel import parcels
 from moesaic.parallel.choice.candidates import hottest
 from moesaic.parallel.choice.compute import Compute
 from moesaic.parallel.choice.cost import PARTS, estimate, pipelined
@@ -32,7 +34,11 @@ def plans(experts: int, slices: int) -> list[Plan]:
 
 @pytest.mark.parametrize("ranks", HOSTS)
 @pytest.mark.parametrize("experts", [2, 3, 8, 16])
-def test_volumes_are_the_sums_of_the_schedule(ranks: int, experts: int) -> None:
+@pytest.mark.parametrize("most", [2048, 40, 12])
+def test_volumes_are_the_sums_of_the_schedule(
+    ranks: int, experts: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parcels, "MOST_PIECES", most)
     step = workload(ranks, experts, [50 * rank for rank in range(ranks)], skew=1.0)
     host_W, volumes = np.array(HOSTS[ranks]), Volumes(step, Places.of(HOSTS[ranks]))
     same_WW = host_W[:, None] == host_W
@@ -51,8 +57,9 @@ def test_volumes_are_the_sums_of_the_schedule(ranks: int, experts: int) -> None:
         np.testing.assert_array_equal(volume.own_active_W, (schedule.own_slots_WE > 0).sum(1))
         np.testing.assert_array_equal(volume.fetched_slots_W, schedule.fetched_slots_WE.sum(1))
         np.testing.assert_array_equal(volume.fetched_active_W, (schedule.fetched_slots_WE > 0).sum(1))
-        assert len(volume.weights) == len(schedule.gather_phases)
-        for flow, phase in zip(volume.weights, schedule.gather_phases, strict=True):
+        phases = phases_of_all(schedule)
+        assert len(volume.weights) == len(phases)
+        for flow, phase in zip(volume.weights, phases, strict=True):
             out_CW, in_CW = np.zeros((2, ranks)), np.zeros((2, ranks))
             for parcel in phase:
                 class_ = int(not same_WW[parcel.sender, parcel.receiver])

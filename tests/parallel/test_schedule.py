@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from tests.parallel import reference
 
 from moesaic.errors import ConfigError
+from moesaic.parallel import parcels
+from moesaic.parallel.exchange import part
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.parcels import Parcels
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.schedule import Schedule
+from moesaic.parallel.selection import NOBODY, Selection
 from moesaic.parallel.workload import Workload
 
 EXPERTS = [1, 2, 3, 4, 6, 8, 12, 16]
@@ -80,12 +84,29 @@ def cases(draw: st.DrawFn) -> Case:
         least=draw(st.integers(0, 6)) if strategy == "hybrid" else 1,
         gather=draw(st.sampled_from(["direct", "relay"])),
         replicas=draw(st.sampled_from([0, *divisors])),
+        overlap=draw(st.sampled_from([1, 2, 4])),
     )
     return Case(geometry, slots, plan, biases=draw(st.integers(0, 2)))
 
 
 def matrix(counter: dict[tuple[int, int], int], rows: int, columns: int) -> list[list[int]]:
     return [[counter.get((row, column), 0) for column in range(columns)] for row in range(rows)]
+
+
+def phases_of_all(schedule: Schedule) -> list[Parcels]:
+    """The exchanges of weights as all ranks together have them: every parcel is known to both of its ends."""
+    ranks = schedule.workload.layout.ranks
+    by_rank = [schedule.gather(rank) for rank in range(ranks)]
+    assert len({len(phases) for phases in by_rank}) == 1
+    found = []
+    for of_ranks in zip(*by_rank, strict=True):
+        sent = [parcel for rank, own in enumerate(of_ranks) for parcel in own.sent_by(rank)]
+        received = [parcel for rank, own in enumerate(of_ranks) for parcel in own.received_by(rank)]
+        assert sorted(sent) == sorted(received)
+        assert len(sent) * 2 == sum(len(own) for own in of_ranks)
+        check_order(of_ranks)
+        found.append(Parcels(np.array(sent, dtype=np.int64).reshape(-1, 6)))
+    return found
 
 
 def check_quantities(case: Case) -> None:
@@ -99,13 +120,15 @@ def check_quantities(case: Case) -> None:
 def check_weights(case: Case) -> None:
     """Phase by phase: who sends must have had it before, who gets it must not; in the end each has what it needs."""
     schedule, sizes = case.schedule, case.sizes
+    phases = phases_of_all(schedule)
     needed = reference.traffic(case.slots_of_rank, case.geometry, case.plan).needed
     held = reference.owned(case.geometry, sizes)
     goal = {rank: set(elements) for rank, elements in held.items()}
     for rank, expert, slice_ in needed:
         goal[rank] |= {(expert, slice_, i) for i in range(sizes[slice_])}
     sent_by_owner: Counter[tuple[int, int, int]] = Counter()
-    for phase in schedule.gather_phases:
+    pieces: Counter[tuple[int, int]] = Counter()
+    for phase in phases:
         before = {rank: frozenset(elements) for rank, elements in held.items()}
         for parcel in phase:
             assert parcel.sender != parcel.receiver
@@ -115,36 +138,84 @@ def check_weights(case: Case) -> None:
             held[parcel.receiver] |= load
             if parcel.sender == case.geometry.owners(parcel.expert)[parcel.slice_]:
                 sent_by_owner.update(load)
+                pieces[parcel.expert, parcel.slice_] += 1
     assert held == goal
     receivers = Counter((expert, slice_) for _, expert, slice_ in needed)
-    relayed = case.plan.gather == "relay" and max(receivers.values(), default=0) > 1
-    assert len(schedule.gather_phases) == bool(needed) + relayed
+    is_relayed = {part: min(number, schedule.most_relays) > 1 for part, number in receivers.items()}
+    assert len(phases) == bool(needed) + any(is_relayed.values())
     for (expert, slice_), number in receivers.items():
-        times = 1 if case.plan.gather == "relay" else number
+        relays = min(number, schedule.most_relays)
+        assert pieces[expert, slice_] == (relays if relays > 1 else number)
+        times = 1 if relays > 1 else number
         assert all(sent_by_owner[expert, slice_, i] == times for i in range(sizes[slice_]))
 
 
-def check_order(phase: Parcels, ranks: int) -> None:
+def check_own(case: Case) -> None:
+    """What the executor asks for is what the matrices of all ranks say."""
+    schedule, ranks = case.schedule, np.arange(case.geometry.ranks)
+    rows_WW = schedule.rows_WW
+    assert schedule.moves_rows == bool((rows_WW * ~np.eye(len(ranks), dtype=bool)).any())
+    some, others = ranks[::2], ranks[::-1][:3]
+    assert schedule.rows(some, others).tolist() == rows_WW[np.ix_(some, others)].tolist()
+    for rank in ranks:
+        assert schedule.rows(ranks[rank : rank + 1], ranks)[0].tolist() == rows_WW[rank].tolist()
+        assert schedule.rows(ranks, ranks[rank : rank + 1])[:, 0].tolist() == rows_WW[:, rank].tolist()
+        assert schedule.fetches(ranks[rank : rank + 1], slice(None))[0].tolist() == schedule.fetches_WE[rank].tolist()
+
+
+def check_selection(case: Case) -> None:
+    """The chunks' rows are for the receivers in their order, as many as planned; each token's blocks come up once."""
+    schedule, layout = case.schedule, case.schedule.workload.layout
+    for rank, slots in enumerate(case.slots_of_rank):
+        top_k = schedule.workload.top_k
+        ids_TK = torch.tensor(slots, dtype=torch.int64).view(len(slots), top_k)
+        selection = Selection(schedule, rank, ids_TK)
+        fetched = {e for e in range(layout.num_experts) if schedule.fetches_WE[rank, e]}
+        met: Counter[tuple[int, int]] = Counter()
+        for chunk in range(selection.chunks):
+            tokens, ids = selection.tokens(chunk).tolist(), selection.ids(chunk).tolist()
+            sizes = part(schedule.rows_WW[rank], chunk, selection.chunks).tolist()
+            assert len(tokens) == len(ids) == sum(sizes)
+            for receiver, size in enumerate(sizes):
+                own = layout.experts_of(receiver)
+                for token, row in zip(tokens[:size], ids[:size], strict=True):
+                    wanted = [e - own.start if e in own and e not in fetched else NOBODY for e in slots[token]]
+                    assert row in (wanted, [NOBODY] * top_k)
+                    met[token, receiver] += row != [NOBODY] * top_k
+                tokens, ids = tokens[size:], ids[size:]
+        for token, row in enumerate(slots):
+            for receiver in range(layout.ranks):
+                wants = any(e in layout.experts_of(receiver) and e not in fetched for e in row)
+                wants &= receiver % layout.slices % schedule.members == rank % schedule.members
+                assert met[token, receiver] == wants
+
+
+def check_order(of_ranks: Sequence[Parcels]) -> None:
     """Sender and receiver go through what is between them in one order; the way back has the same turned round."""
-    turned = phase.turned()
-    assert sorted(phase) == sorted(parcel for rank in range(ranks) for parcel in phase.sent_by(rank))
-    for rank in range(ranks):
-        assert [parcel.receiver for parcel in phase.sent_by(rank)] == sorted(p.receiver for p in phase.sent_by(rank))
-        assert [parcel.sender for parcel in phase.received_by(rank)] == sorted(
-            p.sender for p in phase.received_by(rank)
-        )
-        for other in range(ranks):
-            for way in (phase, turned):
-                sent = [parcel for parcel in way.sent_by(other) if parcel.receiver == rank]
-                assert sent == [parcel for parcel in way.received_by(rank) if parcel.sender == other]
-            back = [parcel for parcel in turned.sent_by(rank) if parcel.receiver == other]
-            assert back == [p._replace(sender=rank, receiver=other) for p in phase if p[:2] == (other, rank)]
+    turned = [own.turned() for own in of_ranks]
+    for rank, own in enumerate(of_ranks):
+        sent, received = own.sent_by(rank), own.received_by(rank)
+        assert [parcel.receiver for parcel in sent] == sorted(parcel.receiver for parcel in sent)
+        assert [parcel.sender for parcel in received] == sorted(parcel.sender for parcel in received)
+        for other in range(len(of_ranks)):
+            for way in (of_ranks, turned):
+                there = [parcel for parcel in way[other].sent_by(other) if parcel.receiver == rank]
+                assert there == [parcel for parcel in way[rank].received_by(rank) if parcel.sender == other]
+            back = [parcel for parcel in turned[rank].sent_by(rank) if parcel.receiver == other]
+            assert back == [p._replace(sender=rank, receiver=other) for p in received if p.sender == other]
 
 
 @settings(max_examples=300)
 @given(case=cases())
 def test_rows_and_slots(case: Case) -> None:
     check_quantities(case)
+    check_own(case)
+
+
+@settings(max_examples=100)
+@given(case=cases())
+def test_every_token_goes_where_it_wants(case: Case) -> None:
+    check_selection(case)
 
 
 @settings(max_examples=300)
@@ -153,11 +224,23 @@ def test_every_receiver_gets_every_element_once(case: Case) -> None:
     check_weights(case)
 
 
+@pytest.mark.parametrize("most", [1, 4, 12, 40])
+@settings(max_examples=100)
+@given(case=cases())
+def test_few_relays(case: Case, most: int) -> None:
+    """Of many parts, each has fewer relays than receivers, or none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parcels, "MOST_PIECES", most)
+        check_weights(replace(case, plan=replace(case.plan, gather="relay")))
+
+
 @pytest.mark.slow
 @settings(max_examples=5000)
 @given(case=cases())
 def test_any_schedule_at_length(case: Case) -> None:
     check_quantities(case)
+    check_own(case)
+    check_selection(case)
     check_weights(case)
 
 
@@ -201,4 +284,4 @@ def test_hot_expert_by_hand() -> None:
     assert schedule.rows_WW.tolist() == [[1, 1], [1, 0]]
     assert schedule.own_slots_WE.tolist() == [[2, 1, 0, 0], [0, 0, 0, 1]]
     assert schedule.fetched_slots_WE.tolist() == [[0, 0, 3, 0], [0] * 4]
-    assert [list(phase) for phase in schedule.gather_phases] == [[(1, 0, 2, 0, 0, 15)]]
+    assert [list(phase) for phase in phases_of_all(schedule)] == [[(1, 0, 2, 0, 0, 15)]]

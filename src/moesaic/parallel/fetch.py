@@ -17,7 +17,6 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from moesaic.parallel.exchange import Leg
 from moesaic.parallel.holding import Holding
 from moesaic.parallel.parcels import Parcel, Parcels
-from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.topology import Topology
 
 Tensors = dict[str, Tensor]
@@ -29,14 +28,15 @@ class WeightGather:
     """The weights that a step needs beside a rank's own, into tensors that live until :meth:`free`.
 
     Args:
+        phases: what this rank sends and receives, see ``Schedule.gather``.
         own: what this rank owns, and its tensors.
         wanted: what this rank computes with beside; own slices among them are copied.
     """
 
     def __init__(
-        self, schedule: Schedule, topology: Topology, own: Holding, tensors: Tensors, wanted: Sequence[Holding]
+        self, phases: Sequence[Parcels], topology: Topology, own: Holding, tensors: Tensors, wanted: Sequence[Holding]
     ) -> None:
-        self._schedule, self._topology, self._own, self.holdings = schedule, topology, own, wanted
+        self._phases, self._topology, self._own, self.holdings = phases, topology, own, wanted
         like = next(iter(tensors.values()))
         self.tensors = [holding.empty(like) for holding in wanted]
         self._bytes = [{name: each.untyped_storage().nbytes() for name, each in held.items()} for held in self.tensors]
@@ -51,17 +51,16 @@ class WeightGather:
             for name, each in held.items():
                 each.untyped_storage().resize_(sizes[name])
         self._fill_own(tensors)
-        phases = self._schedule.gather_phases
-        if phases:
+        if self._phases:
             self._leg = self._send(
-                phases[0],
+                self._phases[0],
                 lambda parcel: self._own.vector(tensors, parcel.expert, parcel.slice_)[parcel.first : parcel.last],
                 next(iter(tensors.values())),
             )
 
     def advance(self) -> None:
         """Wait for the first phase where there is a second, and begin that."""
-        phases = self._schedule.gather_phases
+        phases = self._phases
         if len(phases) < 2 or self._phase or self._leg is None:
             return
         self._phase = 1
@@ -73,7 +72,7 @@ class WeightGather:
     def wait(self) -> list[Tensors]:
         """The tensors of each wanted holding, filled; call :meth:`advance` before."""
         if self._leg is not None:
-            self._take(self._schedule.gather_phases[-1], self._leg.wait())
+            self._take(self._phases[-1], self._leg.wait())
         for part, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[0])
             vector = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
@@ -114,6 +113,7 @@ class GradientReturn:
     """The gradients of gathered weights back to their owners, summed on the way where the weights were relayed.
 
     Args:
+        phases: of the weights' gather.
         own: what this rank owns; ``own_grads`` are its gradients, in the dtype of sums, onto which everything is added.
         held: the gathered holdings with their gradients.
         dtype: in which gradients travel.
@@ -121,7 +121,7 @@ class GradientReturn:
 
     def __init__(
         self,
-        schedule: Schedule,
+        phases: Sequence[Parcels],
         topology: Topology,
         own: Holding,
         own_grads: Tensors,
@@ -130,7 +130,7 @@ class GradientReturn:
     ) -> None:
         self._topology, self._own, self._own_grads, self._dtype = topology, own, own_grads, dtype
         # The weights' way backwards: what received sends.
-        self._phases = [phase.turned() for phase in reversed(schedule.gather_phases)]
+        self._phases = [phase.turned() for phase in reversed(phases)]
         self._sums: dict[Part, Tensor] = {}
         self._leg: Leg | None = None
         for holding, grads in held:

@@ -5,13 +5,11 @@ H hosts · L ranks on each of them · rank (h, l) is the l-th of host h · C col
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.parallel.exchange import EXCHANGES, Exchange, Leg, Pending
+from moesaic.parallel.exchange import EXCHANGES, Exchange, Leg, Pending, Rows, Sizes, spans
 from moesaic.parallel.topology import Topology
 from moesaic.parallel.workload import IntArray
 
@@ -28,29 +26,28 @@ class Hierarchical(Exchange):
             return None
         return "it needs several hosts with the same number of ranks, more than one, on each"
 
-    def start(self, topology: Topology, rows_NC: Tensor, rows_WW: IntArray, kind: str) -> Pending:
-        return _TwoLegs(topology, rows_NC, rows_WW, kind)
+    def sizes(self, topology: Topology, rows: Rows) -> Sizes:
+        place, neighbours_L, grid_HL = _place(topology)
+        alike_H = grid_HL[:, place]  # the ranks of this one's place on every host
+        direct = super().sizes(topology, rows)
+        return Sizes(direct.sends_W, direct.receives_W, rows(neighbours_L, alike_H), rows(alike_H, neighbours_L).T)
+
+    def start(self, topology: Topology, rows_NC: Tensor, sizes: Sizes, kind: str) -> Pending:
+        return _TwoLegs(topology, rows_NC, sizes, kind)
 
 
 class _TwoLegs(Pending):
-    def __init__(self, topology: Topology, rows_NC: Tensor, rows_WW: IntArray, kind: str) -> None:
-        self._topology, self._kind = topology, kind
-        rank = topology.rank
-        grid_HL = np.array(topology.ranks_by_host)
-        self._host = topology.hosts[rank]
-        neighbours_L = grid_HL[self._host]
-        self._place = int(np.flatnonzero(neighbours_L == rank)[0])
-        # [sender's place, receiver's host] of what passes through this rank, and [sender's host, sender's place] of
-        # what is for it.
-        self._through_LH = rows_WW[np.ix_(neighbours_L, grid_HL[:, self._place])]
-        self._for_me_HL = rows_WW[grid_HL, rank]
-        self._grid_HL = grid_HL
-        to_ranks = _segments(rows_NC, rows_WW[rank].tolist())
+    def __init__(self, topology: Topology, rows_NC: Tensor, sizes: Sizes, kind: str) -> None:
+        assert sizes.through_LH is not None
+        self._topology, self._kind, self._through_LH = topology, kind, sizes.through_LH
+        self._host = topology.hosts[topology.rank]
+        place, _, self._grid_HL = _place(topology)
+        self._for_me_HL = sizes.receives_W[self._grid_HL]
         # For the first neighbour first, and for it in the order of the hosts.
-        ordered = _joined([to_ranks[each] for each in grid_HL.T.flatten().tolist()], rows_NC)
-        sends = rows_WW[rank][grid_HL].sum(0).tolist()
+        ordered = _reordered(rows_NC, sizes.sends_W, self._grid_HL.T.ravel())
+        sends = sizes.sends_W[self._grid_HL].sum(0).tolist()
         receives = self._through_LH.sum(1).tolist()
-        self._first: Leg | None = Leg(topology.inside, ordered, sends, receives, self._place, kind)
+        self._first: Leg | None = Leg(topology.inside, ordered, sends, receives, place, kind)
         self._second: Leg | None = None
 
     def advance(self) -> None:
@@ -58,31 +55,32 @@ class _TwoLegs(Pending):
             return
         rows_NC = self._first.wait()
         self._first = None
-        num_senders, num_hosts = self._through_LH.shape
-        parts = _segments(rows_NC, self._through_LH.flatten().tolist())
-        by_host = [parts[sender * num_hosts + host] for host in range(num_hosts) for sender in range(num_senders)]
+        by_host = np.arange(self._through_LH.size).reshape(self._through_LH.shape).T.ravel()
+        ordered = _reordered(rows_NC, self._through_LH.ravel(), by_host)
         sends, receives = self._through_LH.sum(0).tolist(), self._for_me_HL.sum(1).tolist()
-        joined = _joined(by_host, rows_NC)
-        self._second = Leg(self._topology.across, joined, sends, receives, self._host, self._kind)
+        self._second = Leg(self._topology.across, ordered, sends, receives, self._host, self._kind)
 
     def wait(self) -> Tensor:
         self.advance()
         assert self._second is not None
-        rows_NC = self._second.wait()
-        order = self._grid_HL.flatten()
-        if (np.diff(order) > 0).all():  # the hosts' ranks stand together: it is the order of the ranks
-            return rows_NC
-        parts = _segments(rows_NC, self._for_me_HL.flatten().tolist())
-        return _joined([parts[index] for index in np.argsort(order).tolist()], rows_NC)
+        # Where the hosts' ranks stand together it is the order of the ranks already.
+        order = self._grid_HL.ravel()
+        return _reordered(self._second.wait(), self._for_me_HL.ravel(), np.argsort(order))
 
 
-def _segments(rows_NC: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    return torch.split(rows_NC, list(sizes))
+def _place(topology: Topology) -> tuple[int, IntArray, IntArray]:
+    """This rank's place on its host, the ranks there ``[L]``, and those of all hosts ``[H, L]``."""
+    grid_HL = np.array(topology.ranks_by_host)
+    neighbours_L = grid_HL[topology.hosts[topology.rank]]
+    return int(np.searchsorted(neighbours_L, topology.rank)), neighbours_L, grid_HL
 
 
-def _joined(parts: Iterable[Tensor], like: Tensor) -> Tensor:
-    there = [part for part in parts if len(part)]
-    return torch.cat(there) if there else like[:0]
+def _reordered(rows_NC: Tensor, sizes: IntArray, order: IntArray) -> Tensor:
+    """Segments of so many rows, brought into another order; the same rows where it is theirs."""
+    if (np.diff(order) == 1).all():
+        return rows_NC
+    index = spans((sizes.cumsum() - sizes)[order], sizes[order])
+    return rows_NC.index_select(0, torch.from_numpy(index).to(rows_NC.device))
 
 
 EXCHANGES.register("hierarchical")(Hierarchical())

@@ -67,6 +67,11 @@ class ExpertLayout:
         """``[E]``."""
         return np.arange(self.num_experts) // -(-self.num_experts // self.blocks)
 
+    @cached_property
+    def first_of_block(self) -> npt.NDArray[np.int64]:
+        """``[B]``: a block's first expert; E where it has none."""
+        return np.minimum(np.arange(self.blocks) * -(-self.num_experts // self.blocks), self.num_experts)
+
 
 def chunk(length: int, parts: int, index: int) -> range:
     """The part ``index`` of ``length`` things, as ``torch.chunk`` and DTensor's ``Shard`` split them."""

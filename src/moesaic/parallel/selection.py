@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moesaic.parallel.exchange import part, spans
 from moesaic.parallel.schedule import Schedule
 from moesaic.parallel.workload import IntArray
 
@@ -19,15 +20,15 @@ NOBODY = (1 << 31) - 1
 """The id of a slot that is not for the rank that the row goes to: that of a null slot, whatever number of experts."""
 
 
-def blocks_wanted(ids_TK: Tensor, block_of_id: Tensor, blocks: int) -> Tensor:
-    """``[T, B]`` boolean: which blocks a token has slots for.
+def blocks_wanted(ids_TK: Tensor, block_of_id: Tensor) -> Tensor:
+    """``[T, K]``: the blocks that a token has slots for, each of them once and in rising order; B in other places.
 
     Args:
         block_of_id: ``[E + 1]``, the block of each expert; B where it is none, and for null slots.
     """
-    wanted = torch.zeros(ids_TK.shape[0], blocks + 1, dtype=torch.bool, device=ids_TK.device)
-    wanted.scatter_(1, block_of_id[ids_TK], torch.ones_like(ids_TK, dtype=torch.bool))
-    return wanted[:, :blocks]
+    blocks_TK = block_of_id[ids_TK].sort(1).values
+    again_TK = functional.pad(blocks_TK[:, 1:] == blocks_TK[:, :-1], (1, 0))
+    return torch.where(again_TK, block_of_id[-1], blocks_TK)
 
 
 class Selection:
@@ -38,24 +39,15 @@ class Selection:
     """
 
     def __init__(self, schedule: Schedule, rank: int, ids_TK: Tensor) -> None:
-        self.schedule, self.rank, self.ids_TK = schedule, rank, ids_TK
+        self.chunks, self.ids_TK = schedule.plan.overlap, ids_TK
         layout = schedule.workload.layout
-        fetched_E = torch.from_numpy(schedule.fetches_WE[rank])
+        self._nowhere, self._replicas = layout.blocks, schedule.replicas
+        fetched_E = torch.from_numpy(schedule.fetches(np.array([rank]), slice(None))[0])
         block_of_id = torch.from_numpy(layout.block_of_expert).masked_fill(fetched_E, layout.blocks)
-        first_of_block = [layout.experts_of_block(block).start for block in range(layout.blocks)]
         device = ids_TK.device
         self._block_of_id = functional.pad(block_of_id, (0, 1), value=layout.blocks).to(device)
-        self._first_of_block = torch.tensor(first_of_block, device=device)
-        self._tokens, self._blocks = self._rows()
-
-    @property
-    def chunks(self) -> int:
-        return self.schedule.plan.overlap
-
-    def sizes(self, chunk: int) -> IntArray:
-        """``[from, to]``: rows that travel in one chunk: every pair of ranks splits its own evenly."""
-        rows_WW, chunks = self.schedule.rows_WW, self.chunks
-        return rows_WW * (chunk + 1) // chunks - rows_WW * chunk // chunks
+        self._first_of_block = torch.from_numpy(layout.first_of_block).to(device)
+        self._tokens, self._blocks = self._rows(schedule.block_rows(np.array([rank]), slice(None))[0])
 
     def tokens(self, chunk: int) -> Tensor:
         """``[N]``: the token of each row that is sent in a chunk."""
@@ -81,28 +73,32 @@ class Selection:
         counts_T = torch.bincount(tokens_N, minlength=self.ids_TK.shape[0])
         return torch.argsort(tokens_N, stable=True), counts_T.cumsum(0) - counts_T
 
-    def _rows(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Token and block of every row of every chunk; -1 for a row that fills up."""
-        layout, rank = self.schedule.workload.layout, self.rank
-        wanted_TB = blocks_wanted(self.ids_TK, self._block_of_id, layout.blocks)
-        planned_B = self.schedule.block_rows_WB[rank]
-        tokens_of_block, labels_of_block = [], []
-        for block in range(layout.blocks):
-            tokens = wanted_TB[:, block].nonzero().squeeze(1)
-            # Rows for nobody fill up to what the others expect, see Schedule.block_rows_WB.
-            missing = int(planned_B[block]) - len(tokens)
-            tokens_of_block.append(functional.pad(tokens, (0, missing)))
-            labels_of_block.append(functional.pad(torch.full_like(tokens, block), (0, missing), value=-1))
-        receiving = [receiver // layout.slices for receiver in np.flatnonzero(self.schedule.rows_WW[rank]).tolist()]
-        none = self.ids_TK.new_empty(0)
+    def _rows(self, planned_B: IntArray) -> tuple[list[Tensor], list[Tensor]]:
+        """Token and block of every row of every chunk; -1 for a row that fills up.
+
+        Args:
+            planned_B: how many rows go to each replica of a block.
+        """
+        blocks_TK = blocks_wanted(self.ids_TK, self._block_of_id)
+        wanted = (blocks_TK < self._nowhere).nonzero()
+        blocks_N, order_N = blocks_TK[wanted[:, 0], wanted[:, 1]].sort(stable=True)
+        # Rows for nobody fill up to what the others expect, see Schedule.block_rows.
+        starts_B = planned_B.cumsum() - planned_B
+        found_B = torch.bincount(blocks_N, minlength=self._nowhere)
+        shift_B = torch.from_numpy(starts_B).to(found_B.device) - (found_B.cumsum(0) - found_B)
+        place_N = torch.arange(len(blocks_N), device=blocks_N.device) + shift_B[blocks_N]
+        tokens_P = torch.zeros(int(planned_B.sum()), dtype=torch.int64, device=blocks_N.device)
+        labels_P = torch.full_like(tokens_P, -1)
+        tokens_P[place_N], labels_P[place_N] = wanted[order_N, 0], blocks_N
+        if self.chunks == 1 and self._replicas == 1:
+            return [tokens_P], [labels_P]
         tokens_of_chunk, blocks_of_chunk = [], []
-        for index in range(self.chunks):
-            parts, labels = [none], [none]
-            for block in receiving:
-                size = int(planned_B[block])
-                part = slice(size * index // self.chunks, size * (index + 1) // self.chunks)
-                parts.append(tokens_of_block[block][part])
-                labels.append(labels_of_block[block][part])
-            tokens_of_chunk.append(torch.cat(parts))
-            blocks_of_chunk.append(torch.cat(labels))
+        for chunk in range(self.chunks):
+            sizes_B = part(planned_B, chunk, self.chunks)
+            firsts_B = starts_B + planned_B * chunk // self.chunks
+            # To one receiver after the other: all replicas of a block get the same.
+            index = torch.from_numpy(spans(firsts_B.repeat(self._replicas), sizes_B.repeat(self._replicas)))
+            index = index.to(tokens_P.device)
+            tokens_of_chunk.append(tokens_P[index])
+            blocks_of_chunk.append(labels_P[index])
         return tokens_of_chunk, blocks_of_chunk

@@ -5,7 +5,7 @@ W ranks · E experts · B blocks of experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,11 @@ class Workload:
     dtype: torch.dtype
     slice_elements: tuple[int, ...]
     grad: bool
+
+    def without_counts(self) -> Workload:
+        """Its sizes alone, without what grows with the square of the ranks."""
+        none = np.empty((0, 0), dtype=np.int64)
+        return replace(self, counts_WE=none, rows_WB=none, tokens_W=none[0:0].ravel())
 
     @property
     def expert_elements(self) -> int:

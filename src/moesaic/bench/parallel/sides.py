@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -65,19 +66,20 @@ def _compute(layer: BenchLayer) -> Callable[[], object]:
 def _communicate(layer: BenchLayer) -> Callable[[], object]:
     """The step's rows there and back, once, and for training once more the other way."""
     workload, topology = layer.told.workload, layer.auto.topology
-    rows_WW = Schedule(layer.told.plan, workload).rows_WW
     exchange = EXCHANGES.get("direct")
-    there = torch.zeros(int(rows_WW[layer.rank].sum()), workload.row_bytes // 4)
-    back = torch.zeros(int(rows_WW[:, layer.rank].sum()), workload.result_bytes // 4)
+    sizes = exchange.sizes(topology, Schedule(layer.told.plan, workload).rows)
+    home = sizes.turned()
+    there = torch.zeros(int(sizes.sends_W.sum()), workload.row_bytes // 4)
+    back = torch.zeros(int(sizes.receives_W.sum()), workload.result_bytes // 4)
     there_too = torch.zeros(len(there), workload.result_bytes // 4)
     back_too = torch.zeros(len(back), workload.row_bytes // 4)
 
     def step() -> None:
-        exchange.start(topology, there, rows_WW, "tokens").wait()
-        exchange.start(topology, back, rows_WW.T, "results").wait()
+        exchange.start(topology, there, sizes, "tokens").wait()
+        exchange.start(topology, back, home, "results").wait()
         if layer.work.training:
-            exchange.start(topology, there_too, rows_WW, "tokens").wait()
-            exchange.start(topology, back_too, rows_WW.T, "results").wait()
+            exchange.start(topology, there_too, sizes, "tokens").wait()
+            exchange.start(topology, back_too, home, "results").wait()
 
     return step
 
@@ -88,13 +90,14 @@ def measure_exchanges(sizes: list[int], rounds: int) -> dict[str, dict[str, list
     names = [name for name in EXCHANGES if EXCHANGES.get(name).refusal(topology) is None]
     found = {}
     for size in sizes:
-        rows_WW = torch.ones(topology.size, topology.size, dtype=torch.int64).numpy()
         rows_NC = torch.zeros(topology.size, size // 4)
-        steps = {name: _exchange(name, topology, rows_NC, rows_WW) for name in names}
+        steps = {name: _exchange(name, topology, rows_NC) for name in names}
         take_turns(steps, 2)
         found[str(size)] = {name: list(each.seconds) for name, each in take_turns(steps, rounds).items()}
     return found
 
 
-def _exchange(name: str, topology: Any, rows_NC: Tensor, rows_WW: Any) -> Callable[[], object]:
-    return lambda: EXCHANGES.get(name).start(topology, rows_NC, rows_WW, "tokens").wait()
+def _exchange(name: str, topology: Any, rows_NC: Tensor) -> Callable[[], object]:
+    exchange = EXCHANGES.get(name)
+    sizes = exchange.sizes(topology, lambda senders, receivers: np.ones((len(senders), len(receivers)), np.int64))
+    return lambda: exchange.start(topology, rows_NC, sizes, "tokens").wait()

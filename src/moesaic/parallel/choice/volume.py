@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moesaic.parallel.parcels import Parts, relays
 from moesaic.parallel.plan import Plan
 from moesaic.parallel.schedule import BoolArray, Schedule
 from moesaic.parallel.workload import IntArray, Workload
 
 FloatArray = npt.NDArray[np.float64]
-# Fetched experts whose receivers are looked at together: it bounds the memory that thousands of ranks take.
+# Parts whose receivers are looked at together: it bounds the memory that thousands of ranks take.
 _TOGETHER = 1024
 
 
@@ -254,56 +255,59 @@ def _hierarchical(rows_WW: IntArray, places: Places) -> tuple[Flow, ...]:
     )
 
 
-def _needed(schedule: Schedule) -> Iterator[tuple[int, IntArray, BoolArray]]:
-    """(elements, owners ``[n]``, receivers ``[W, n]``) of every slice of all experts that travel, some at a time."""
-    workload, plan = schedule.workload, schedule.plan
-    layout, members = workload.layout, schedule.members
-    if layout.slices == 1:
-        for first in range(0, len(plan.fetched), _TOGETHER):
-            columns = np.array(plan.fetched[first : first + _TOGETHER])
-            yield workload.slice_elements[0], layout.block_of_expert[columns], _fetched(plan, workload, columns) > 0
-        return
-    ranks = np.arange(layout.ranks)
-    for slice_ in range(layout.slices):
-        needs_WE = schedule.fetches_WE
-        owner_E = layout.block_of_expert * layout.slices + slice_
-        if members > 1:
-            sharing_W = ranks % layout.slices // members == slice_ // members
-            needs_WE = needs_WE | (sharing_W[:, None] & (schedule.own_slots_WE > 0))
-        yield workload.slice_elements[slice_], owner_E, needs_WE & (ranks[:, None] != owner_E)
+def _needed(schedule: Schedule) -> Iterator[tuple[Parts, BoolArray]]:
+    """(parts ``[n]``, receivers ``[W, n]``) of all that travels, some at a time."""
+    layout = schedule.workload.layout
+    experts = np.arange(layout.num_experts) if schedule.members > 1 else np.array(schedule.plan.fetched, dtype=np.int64)
+    together = max(1, _TOGETHER // layout.slices)
+    for first in range(0, len(experts), together):
+        some = experts[first : first + together]
+        parts = schedule.parts(np.repeat(some, layout.slices), np.tile(np.arange(layout.slices), len(some)))
+        yield parts, schedule.receivers(parts.expert_N, parts.slice_N)
 
 
 def _weight_flows(schedule: Schedule, places: Places) -> list[Flow]:
-    """The phases of the gather, as ``Schedule.gather_phases``."""
-    if not schedule.plan.fetched and schedule.members == 1:
-        return []
+    """The phases of the gather, as ``Schedule.gather``."""
     sums = np.zeros((2, 2, 2, schedule.workload.layout.ranks))  # [phase, out or in, class, rank]
-    for elements, owner_E, needs_WE in _needed(schedule):
-        _add_parcels(sums, elements, owner_E, needs_WE, schedule.plan.gather, places)
+    for parts, receives_WN in _needed(schedule):
+        _add_parcels(sums, parts, receives_WN, schedule.most_relays, places)
     messages = (int(places.peers_CW[0].max()), int(places.peers_CW[1].max()))
     flows = [Flow(sums[phase, 0], sums[phase, 1], messages) for phase in range(2)]
     return [flow for flow in flows if flow.out_CW.any()]
 
 
-def _add_parcels(
-    sums: FloatArray, elements: int, owner_E: IntArray, needs_WE: BoolArray, gather: str, places: Places
-) -> None:
-    """Add what some experts' owners send, and what is passed on of it."""
-    host_W, receivers_E = places.host_W, needs_WE.sum(0)
-    near_WE = needs_WE & (host_W[:, None] == host_W[owner_E])
-    relays_E = (receivers_E > 1) & (gather == "relay")
+def _add_parcels(sums: FloatArray, parts: Parts, receives_WN: BoolArray, most: int, places: Places) -> None:
+    """Add what some parts' owners send, and what is passed on of it."""
+    host_W, owner_N, receivers_N = places.host_W, parts.owner_N, receives_WN.sum(0)
+    gets_WN, pieces_N = receives_WN, np.ones_like(receivers_N)
+    if most > 1:
+        pieces_N, passes_WN = relays(receives_WN, most, parts.turn_N)
+        gets_WN = np.where(pieces_N > 1, passes_WN, receives_WN)
     # Whole numbers: their sums are exact in whatever order they are taken, so the same on every kind of processor.
-    piece_E = np.where(relays_E, -(-elements // np.maximum(1, receivers_E)), elements).astype(float)
-    near_E = near_WE.sum(0)
-    for class_, share_WE, share_E in ((0, near_WE, near_E), (1, needs_WE & ~near_WE, receivers_E - near_E)):
-        sums[0, 0, class_] += np.bincount(owner_E, weights=share_E * piece_E, minlength=sums.shape[-1])
-        sums[0, 1, class_] += share_WE @ piece_E
-    if not relays_E.any():
+    piece_N = (-(-parts.elements_N // pieces_N)).astype(float)
+    near_WN = gets_WN & (host_W[:, None] == host_W[owner_N])
+    near_N, all_N = near_WN.sum(0), gets_WN.sum(0)
+    for class_, share_WN, share_N in ((0, near_WN, near_N), (1, gets_WN & ~near_WN, all_N - near_N)):
+        sums[0, 0, class_] += np.bincount(owner_N, weights=share_N * piece_N, minlength=sums.shape[-1])
+        sums[0, 1, class_] += share_WN @ piece_N
+    order = np.flatnonzero(pieces_N > 1)
+    if not len(order):
         return
-    needs_WE, piece_E, receivers_E = needs_WE[:, relays_E], piece_E[relays_E], receivers_E[relays_E]
-    beside_HE = np.zeros((places.hosts, len(piece_E)), dtype=np.int64)
-    np.add.at(beside_HE, host_W, needs_WE)
-    inside_WE = np.where(needs_WE, beside_HE[host_W] - 1, 0)
-    between_WE = np.where(needs_WE, receivers_E - 1 - inside_WE, 0)
-    for class_, others_WE in ((0, inside_WE), (1, between_WE)):
-        sums[1, :, class_] += others_WE @ piece_E  # a relay sends its piece to each other one, and gets theirs
+    takes_WN, passes_WN, piece_N, pieces_N = receives_WN[:, order], passes_WN[:, order], piece_N[order], pieces_N[order]
+    takers_HN, relays_HN = (_by_host(each_WN, places) for each_WN in (takes_WN, passes_WN))
+    # A relay sends its piece to each other receiver; a receiver gets those of all relays but itself.
+    near_out_WN = np.where(passes_WN, takers_HN[host_W] - 1, 0)
+    out_WN = np.where(passes_WN, receivers_N[order] - 1, 0)
+    near_in_WN = np.where(takes_WN, relays_HN[host_W] - passes_WN, 0)
+    in_WN = np.where(takes_WN, pieces_N - passes_WN, 0)
+    sums[1, 0, 0] += near_out_WN @ piece_N
+    sums[1, 0, 1] += (out_WN - near_out_WN) @ piece_N
+    sums[1, 1, 0] += near_in_WN @ piece_N
+    sums[1, 1, 1] += (in_WN - near_in_WN) @ piece_N
+
+
+def _by_host(chosen_WN: BoolArray, places: Places) -> IntArray:
+    """``[H, n]``: how many of each host's ranks."""
+    sums_HN = np.zeros((places.hosts, chosen_WN.shape[1]), dtype=np.int64)
+    np.add.at(sums_HN, places.host_W, chosen_WN)
+    return sums_HN
