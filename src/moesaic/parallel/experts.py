@@ -156,12 +156,12 @@ class ParallelExperts:
     def _tell(self, x_TD: Tensor, ids_TK: Tensor, grad: bool, asked_E: Tensor | None) -> Workload:
         num_experts, blocks = self.layout.num_experts, self.layout.blocks
         self.own_counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts + 1)[:num_experts]
-        wanted_TB = blocks_wanted(ids_TK, self._block_of_id.to(ids_TK.device), blocks)
+        wanted_TK = blocks_wanted(ids_TK, self._block_of_id.to(ids_TK.device))
         timing = next((each for each in self._timings if each.backward is not None), _Timing(0, 0.0, 0.0))
         message = Message(
             counts_E=self.own_counts_E,
             asked_E=asked_E,
-            rows_B=wanted_TB.sum(0),
+            rows_B=torch.bincount(wanted_TK.flatten(), minlength=blocks + 1)[:blocks],
             tokens=x_TD.shape[0],
             grad=grad,
             layer=self._identity,
