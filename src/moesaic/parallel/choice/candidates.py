@@ -22,6 +22,8 @@ from moesaic.parallel.workload import IntArray, Workload
 _OVERLAPS = (1, 2, 4, 8)
 # A larger hot set is looked at while it is no worse than this against the best so far.
 _WORSE = 1.02
+# Ranks whose counts are looked at together.
+_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,21 @@ def hottest(workload: Workload, number: int, least: int, orders: dict[int, IntAr
     orders = {} if orders is None else orders
     if least not in orders:
         layout, counts_WE = workload.layout, workload.counts_WE
-        moved_WE = np.where(counts_WE >= least, counts_WE, 0)
-        moved_E = moved_WE.sum(0)
+        moved_E = _slots_from(counts_WE, least)
         if layout.slices == 1:  # what its owner has for it stays anyway
-            moved_E -= moved_WE[layout.block_of_expert, np.arange(layout.num_experts)]
+            stays_E = counts_WE[layout.block_of_expert, np.arange(layout.num_experts)]
+            moved_E -= np.where(stays_E >= least, stays_E, 0)
         orders[least] = np.argsort(-moved_E, kind="stable")[: np.count_nonzero(moved_E)]
     return tuple(sorted(orders[least][:number].tolist()))
+
+
+def _slots_from(counts_WE: IntArray, least: int) -> IntArray:
+    """``[E]``: the slots of those ranks that have at least so many for an expert."""
+    moved_E = np.zeros(counts_WE.shape[1], dtype=np.int64)
+    for first in range(0, len(counts_WE), _TOGETHER):  # what is looked at together stays in the cache
+        some_WE = counts_WE[first : first + _TOGETHER]
+        moved_E += (some_WE * (some_WE >= least)).sum(0)
+    return moved_E
 
 
 def exchanges(topology: Topology, wish: Wish) -> tuple[str, ...]:
