@@ -10,15 +10,17 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesaic.autotune.setting import is_tuning_on
 from moesaic.experts import Choice
 from moesaic.parallel.choice.chooser import Chooser
-from moesaic.parallel.choice.decisions import Decision
-from moesaic.parallel.counts import Message, number_of, tell
+from moesaic.parallel.choice.decisions import Decision, replaying
+from moesaic.parallel.counts import Message, message_words, number_of, tell
 from moesaic.parallel.execute import Call, Execute
 from moesaic.parallel.fields import ExpertForm
 from moesaic.parallel.holding import Holding
@@ -87,7 +89,8 @@ class ParallelExperts:
             for index in range(layout.slices)
         )
         self._block_of_id = torch.tensor([*layout.block_of_expert.tolist(), layout.blocks])
-        self._identity = number_of(f"{name} {layout} {self._slice_elements}")
+        self._identity = f"{name} {layout} {self._slice_elements}"
+        topology.letter.fit(message_words(layout))
         self._timings: deque[_Timing] = deque(maxlen=_KEPT)
         self._watch = Watch.of(topology.group)
         # Not as a decorator: that would import the compiler, which takes its time, with this file.
@@ -132,7 +135,7 @@ class ParallelExperts:
         ids_TK = ids_TK.clamp(max=num_experts)
         learns = any(each.requires_grad for each in tensors.values())
         grad = torch.is_grad_enabled() and (learns or x_TD.requires_grad or weights_TK.requires_grad)
-        workload = self._tell(x_TD, ids_TK, grad, asked_E)
+        workload = self._tell(x_TD, ids_TK, grad, learns, asked_E)
         decision = self.chooser.choose(workload, current_wish() or self.wish)
         self.last_decision = decision
         start = time.monotonic_ns()
@@ -153,7 +156,7 @@ class ParallelExperts:
         self._note(decision.number, start, call if workload.grad else None)
         return y_TD
 
-    def _tell(self, x_TD: Tensor, ids_TK: Tensor, grad: bool, asked_E: Tensor | None) -> Workload:
+    def _tell(self, x_TD: Tensor, ids_TK: Tensor, grad: bool, learns: bool, asked_E: Tensor | None) -> Workload:
         num_experts, blocks = self.layout.num_experts, self.layout.blocks
         self.own_counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts + 1)[:num_experts]
         wanted_TK = blocks_wanted(ids_TK, self._block_of_id.to(ids_TK.device))
@@ -164,8 +167,13 @@ class ParallelExperts:
             rows_B=torch.bincount(wanted_TK.flatten(), minlength=blocks + 1)[:blocks],
             tokens=x_TD.shape[0],
             grad=grad,
-            layer=self._identity,
-            wish=number_of(repr(current_wish() or self.wish)),
+            learns=grad and learns,
+            layer=_number_of_layer(self._identity, ids_TK.shape[1], x_TD.dtype),
+            wish=_number_of_wish(
+                current_wish() or self.wish,
+                is_tuning_on() and not torch.are_deterministic_algorithms_enabled(),
+                replaying(),
+            ),
             state=self.chooser.checksum(),
             timed=timing.number,
             forward=timing.forward,
@@ -179,7 +187,9 @@ class ParallelExperts:
             while self._timings.popleft() is not timing:  # those before it had no backward pass
                 pass
             self.chooser.report(told.timed, told.forward_W, told.backward_W)
-        self.counts_E, self.asked_E = (torch.from_numpy(each.sum(0)) for each in (told.counts_WE, told.asked_WE))
+        self.counts_E, self.asked_E = (
+            torch.from_numpy(each.sum(0)).to(ids_TK.device) for each in (told.counts_WE, told.asked_WE)
+        )
         return Workload(
             layout=self.layout,
             counts_WE=told.counts_WE,
@@ -205,3 +215,14 @@ class ParallelExperts:
                 timing.backward_start, timing.backward = start, seconds
 
             call.on_backward = done
+
+
+@lru_cache(maxsize=4096)
+def _number_of_layer(identity: str, top_k: int, dtype: torch.dtype) -> int:
+    return number_of(f"{identity} {top_k} {dtype}")
+
+
+@lru_cache(maxsize=256)
+def _number_of_wish(wish: Wish, learning: bool, replayed: int) -> int:
+    """Of all that a user may say about how steps are carried out, which must be the same on all ranks."""
+    return number_of(f"{wish} {learning} {replayed}")

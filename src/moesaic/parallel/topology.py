@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.errors import ConfigError
-from moesaic.parallel.groups import group_of
+from moesaic.parallel.groups import group_of, kept
+
+
+@dataclass
+class Letter:
+    """How long the messages between some ranks are, in words of 32 bits: all of them as the longest one so far."""
+
+    words: int = 0
+
+    def fit(self, words: int) -> bool:
+        """Make room for so many; whether there was none."""
+        grows = words > self.words
+        self.words = max(words, self.words)
+        return grows
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Topology:
             containers on one. The hosts by default.
         inside, across: groups of the ranks on this host, and of those with this one's place on every host; None where
             hosts have different numbers of ranks, or there is only one host or one rank on each.
+        letter: what they tell each other before each step; every topology of the same ranks has the same one.
     """
 
     rank: int
@@ -45,6 +59,7 @@ class Topology:
     inside: Any = None
     across: Any = None
     machines: tuple[int, ...] = ()
+    letter: Letter = field(default_factory=Letter, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.machines:
@@ -97,7 +112,16 @@ class Topology:
         hosts, machines = _gathered(len(ranks), group)
         if mesh.ndim == 2:
             hosts = tuple(index // mesh.shape[1] for index in range(len(ranks)))
-        made = Topology(rank, len(ranks), ranks, hosts, mesh.device_type, group, machines=machines)
+        made = Topology(
+            rank,
+            len(ranks),
+            ranks,
+            hosts,
+            mesh.device_type,
+            group,
+            machines=machines,
+            letter=kept(("letter", ranks), Letter),
+        )
         if not made.is_grid:
             return made
         by_host = made.ranks_by_host
