@@ -34,23 +34,25 @@ HEADER = (
 MODEL_HEADER = ("ranks", "plans timed", "relative error, median", "quartiles", "predicted / measured, median")
 
 
-def works(setting: Setting, quick: bool = False) -> Iterator[Work]:
-    """The points of a setting: all of the grid for the first one; a third of it for the others."""
+def works(quick: bool = False, every: bool = False) -> Iterator[Work]:
+    """A third of the grid, in which each number of tokens meets each number of experts and each routing; or all."""
     tokens = _QUICK_TOKENS if quick else TOKENS
     names = list(ROUTINGS)
     for (row, count), (column, experts), routing in product(enumerate(tokens), enumerate(EXPERTS), names):
-        if (not quick and setting == SETTINGS[0]) or names.index(routing) == (row + column) % len(names):
+        if every or names.index(routing) == (row + column) % len(names):
             for training in (False, True):
                 yield Work(count, experts, TOP_K, D_MODEL, D_FF, routing, training)
 
 
 def run_grid(run: Run) -> Part:
-    """Measure what is not measured yet, as long as there is time."""
+    """Measure what is not measured yet, as long as there is time: a third on each setting, then all on the first."""
     points = list(run.earlier.get("points", []))
-    done = {_key(point["setting"], point["work"]) for point in points}
-    for setting in run.possible(SETTINGS):
-        left = [work for work in works(setting, run.quick) if _key(str(setting), asdict(work)) not in done]
-        if left and not run.is_over:
+    sweeps = [(setting, works(run.quick)) for setting in SETTINGS]
+    sweeps += [] if run.quick else [(SETTINGS[0], works(every=True))]
+    for setting, wanted in sweeps:
+        done = {_key(point["setting"], point["work"]) for point in points}
+        left = [work for work in wanted if _key(str(setting), asdict(work)) not in done]
+        if left and setting in run.possible(SETTINGS) and not run.is_over:
             with started(setting) as ranks:
                 points += _points(run, ranks, left)
     return part(points, run.skipped(SETTINGS))
