@@ -17,7 +17,7 @@ from tests.cli.conftest import CODE, PROSE
 from tests.inspect.traces import made_up_trace
 
 from moesaic.cli.main import run
-from moesaic.cli.place import _told, command
+from moesaic.cli.place import _little, _told, command
 from moesaic.hf.load import load_model
 from moesaic.inspect import RoutingTrace, inspect_folder
 from moesaic.inspect.placement import held_out_tokens
@@ -92,6 +92,7 @@ def test_tables_for_people(models: Path, traces: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "between hosts" not in printed
     assert "HiGHS proves that this is the best" in printed
+    assert "the limit of the imbalance, 1.2, holds on the text optimized on" in printed
     assert sorted(path.name for path in traces.iterdir()) == ["a.py", "b.txt", "mixtral-report", "ours-report"]
 
 
@@ -113,6 +114,20 @@ def test_a_gap_is_told() -> None:
     assert _told(by_rows) == (
         "experts on ranks: 2.50 ranks a token and layer (of the text optimized on); HiGHS proves that this is the best"
     )
+
+
+def test_a_small_gain_is_told() -> None:
+    def gain(objective: str, before: float | None, after: float | None) -> str | None:
+        name = {"transitions": "crossing", "rows": "rows"}[objective]
+        return _little({"objective": objective, "before": {name: before}, "after": {name: after}})
+
+    told = gain("transitions", 0.5, 0.495)
+    assert told is not None and told.startswith("little is gained: crossing on held-out text changes by -1.0%")
+    told = gain("rows", 1.0, 1.25)
+    assert told is not None and "rows on held-out text changes by +25.0%" in told
+    assert gain("rows", 0.0, 0.0) is None  # nothing is sent as it is
+    assert gain("transitions", 0.5, 0.4) is None
+    assert gain("transitions", None, None) is None
 
 
 def test_held_out_are_documents_else_passages_else_tokens() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_WIDEST = 10_000
+
 
 def print_json(document: Any) -> None:
     """Print ``document`` as the one JSON document of a command.
@@ -22,13 +24,19 @@ def print_json(document: Any) -> None:
     print(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table for people; columns of numbers are aligned to the right. An empty ``header`` prints none."""
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> None:
+    """Print a table for people; columns of numbers are aligned to the right. An empty ``header`` prints none.
+
+    Args:
+        whole: never break or shorten a line, whatever fits the terminal.
+    """
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title, "bold"), title_justify="left", box=None, show_header=bool(header))
+    console, headline = Console(), Text(title, "bold")
+    table = Table(title=None if whole else headline, title_justify="left", box=None, show_header=bool(header))
     for index in range(len(rows[0]) if rows else len(header)):
         is_number = bool(header and rows) and all(row[index].lstrip("-")[:1].isdigit() for row in rows)
         table.add_column(
@@ -38,7 +46,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         )
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    if whole:
+        console.print(headline, soft_wrap=True)
+        options = console.options.update(width=_WIDEST)
+        table.collapse_padding = Measurement.get(console, options, table).maximum > console.width
+        console = Console(width=max(Measurement.get(console, options, table).maximum, console.width))
+    console.print(table)
 
 
 def _plain(value: Any) -> Any:

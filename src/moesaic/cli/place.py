@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+# A gain below this share of what was there is little.
+_LITTLE = 0.02
+
 
 def command(
     model: Annotated[Path, typer.Argument(help="A model folder, or the folder of a training run.")],
@@ -47,15 +50,31 @@ def command(
         print_json({"folder": placed.folder, **report})
         return
     title = f"held-out text ({report['tokens']['held_out']} tokens), before → after"
-    print_table(
-        title, ["layer", "crossing", *(["between hosts"] if hosts > 1 else []), "rows", "imbalance"], _rows(report)
+    header = ["layer", "crossing", *(["between hosts"] if hosts > 1 else []), "rows", "imbalance"]
+    print_table(title, header, _rows(report), whole=True)
+    print(
+        f"the limit of the imbalance, {imbalance:g}, holds on the text optimized on where it can; here it may be above"
     )
+    if little := _little(report):
+        print(little)
     for program in report["programs"]:
         print(_told(program))
     if placed.folder:
         print(f"wrote the placed model to {placed.folder}")
     else:
         print("nothing written: --out FOLDER writes the placed model")
+
+
+def _little(report: dict[str, Any]) -> str | None:
+    """Where what was minimized hardly became less on held-out text: a line that says so."""
+    name = "crossing" if report["objective"] == "transitions" else "rows"
+    before, after = report["before"][name], report["after"][name]
+    if before is None or before - after >= _LITTLE * before:
+        return None
+    return (
+        f"little is gained: {name} on held-out text changes by {(after - before) / before if before else 0.0:+.1%}; "
+        "the model has little affinity, or the trace too little text"
+    )
 
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:

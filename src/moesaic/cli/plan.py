@@ -12,16 +12,19 @@ if TYPE_CHECKING:
 
 # A plan's experts are many on a large cluster.
 _MOST_FETCHED = 16
+_RANKS = 2048
 
 
 def command(
-    ranks: Annotated[int, typer.Option(help="Ranks, each with a device of its own.")] = 2048,
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks, each with a device of its own; at most 4096.", show_default="2048")
+    ] = None,
     per_host: Annotated[int, typer.Option(help="Ranks on one host.")] = 8,
     link: Annotated[
         str,
         typer.Option(
             help="Between hosts: hdr, ndr (InfiniBand), ethernet100, ethernet25, ethernet10, or figures of a rank one "
-            "way such as 25GB/s,3us."
+            "way such as 25GB/s,3us or 200Gbit/s,3us."
         ),
     ] = "hdr",
     inside: Annotated[str, typer.Option(help="Inside a host: nvlink3, nvlink4, or figures as for --link.")] = "nvlink3",
@@ -42,16 +45,19 @@ def command(
 ) -> None:
     """Estimate one layer's step on a cluster on paper: static expert parallelism, each strategy, and auto's choice."""
     from moesaic.cli.output import print_json
+    from moesaic.errors import ConfigError
     from moesaic.parallel.choice import clusters
     from moesaic.parallel.choice.simulate import Cluster, Step, simulate
 
     wires, chip, stored = (clusters.wire(inside), clusters.wire(link)), clusters.device(device), _dtype(dtype)
-    points = []
-    for number in _sizes(sweep) if sweep else [ranks]:
+    if sweep and ranks is not None:
+        raise ConfigError("--sweep says the ranks: leave --ranks out")
+    cases = []
+    for number in _sizes(sweep) if sweep else [_RANKS if ranks is None else ranks]:
         cluster = Cluster(number, per_host, *wires, chip, efficiency)
         count = experts or 2 * number
-        step = Step(count, d_model, d_ff, top_k, tokens, stored, zipf, hot, grad=not forward)
-        points.append(simulate(cluster, step, seed))
+        cases.append((cluster, Step(count, d_model, d_ff, top_k, tokens, stored, zipf, hot, grad=not forward)))
+    points = [simulate(*case, seed) for case in cases]
     if as_json:
         sources = {"inside": wires[0].source, "between": wires[1].source, "device": chip.source}
         print_json({"sources": sources, "points": [_document(each) for each in points]})
@@ -60,7 +66,9 @@ def command(
     else:
         _print_point(points[0])
     if not as_json:
-        print(f"\nsimulated: links {wires[0].source}; {wires[1].source}; device {chip.source}")
+        print(f"\nnothing of this is measured. Inside a host: {wires[0].source}")
+        print(f"Between hosts: {wires[1].source}")
+        print(f"Device: {chip.source}")
 
 
 def _sizes(sweep: str) -> list[int]:
@@ -122,15 +130,19 @@ def _print_point(point: Simulated) -> None:
         is_static = name == "static"
         counts = 0.0 if is_static else point.counts
         speedup = 1.0 if is_static else point.speedup(estimate)
-        parts = [f"{1e3 * seconds:.2f}" for seconds in (counts, *estimate.parts.values())]
-        rows.append([name, f"{1e3 * (estimate.seconds + counts):.2f}", f"{speedup:.2f}", *parts, str(estimate.plan)])
+        parts = [_millis(seconds) for seconds in (counts, *estimate.parts.values())]
+        rows.append([name, _millis(estimate.seconds + counts), f"{speedup:.2f}", *parts])
+    header = ["", "step", "speed-up", "counts", *PARTS]
+    kept = [index for index in range(len(header)) if any(row[index] != _millis(0.0) for row in rows)]
     work = "training" if step.grad else "forward"
     print_table(
         f"{cluster.ranks} ranks, {cluster.per_host} a host; E{step.num_experts} K{step.top_k} D{step.d_model} "
-        f"F{step.d_ff}, {step.tokens} tokens a rank, {work}; milliseconds, parts as if nothing overlapped",
-        ["", "step", "speed-up", "counts", *PARTS, "plan"],
-        rows,
+        f"F{step.d_ff}, {step.tokens} tokens a rank, {work}\nmilliseconds, parts as if nothing overlapped",
+        [header[index] for index in kept],
+        [[row[index] for index in kept] for row in rows],
+        whole=True,
     )
+    _print_plans("plans", {name: str(estimate.plan) for name, estimate in _named(point)})
 
 
 def _print_sweep(points: list[Simulated]) -> None:
@@ -138,9 +150,20 @@ def _print_sweep(points: list[Simulated]) -> None:
 
     rows = []
     for point in points:
-        others = [f"{1e3 * (estimate.seconds + point.counts):.2f}" for estimate in point.best.values()]
-        auto = point.auto
-        told = [f"{1e3 * (auto.seconds + point.counts):.2f}", f"{point.speedup(auto):.2f}", str(auto.plan)]
-        rows.append([str(point.cluster.ranks), f"{1e3 * point.static.seconds:.2f}", *others, *told])
-    header = ["ranks", "static", *points[0].best, "auto", "speed-up", "auto's plan"]
-    print_table("milliseconds of one step of one layer", header, rows)
+        others = [_millis(estimate.seconds + point.counts) for estimate in point.best.values()]
+        told = [_millis(point.auto.seconds + point.counts), f"{point.speedup(point.auto):.2f}"]
+        rows.append([str(point.cluster.ranks), _millis(point.static.seconds), *others, *told])
+    header = ["ranks", "static", *points[0].best, "auto", "speed-up"]
+    print_table("milliseconds of one step of one layer", header, rows, whole=True)
+    _print_plans("auto's plans", {str(point.cluster.ranks): str(point.auto.plan) for point in points})
+
+
+def _print_plans(title: str, plans: dict[str, str]) -> None:
+    print(f"\n{title}")
+    width = max(map(len, plans))
+    for name, plan in plans.items():
+        print(f" {name:{width}}  {plan}")
+
+
+def _millis(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"

@@ -56,17 +56,21 @@ DEVICES: dict[str, Device] = {
 
 
 def wire(text: str) -> Wire:
-    """A preset's name, or figures of one's own such as ``25GB/s,3us``.
+    """A preset's name, or figures of one's own such as ``25GB/s,3us`` or ``200Gbit/s,3us``.
 
     Raises:
         ConfigError: for anything else.
     """
     if text in WIRES:
         return WIRES[text]
-    found = re.fullmatch(r"([\d.]+)\s*GB/s,\s*([\d.]+)\s*us", text)
-    if not found or not (gbytes := _number(found[1])):
-        raise ConfigError(f"unknown link {text!r}: {did_you_mean(text, WIRES)}, or figures such as 25GB/s,3us")
-    return Wire(gbytes, _number(found[2]), "given")
+    found = re.fullmatch(r"([\d.]+)\s*(GB/s|(?i:gbit/s|gbps))\s*(?:,\s*([\d.]+)\s*us)?", text.strip())
+    if not found or not (giga := _number(found[1])):
+        raise ConfigError(
+            f"unknown link {text!r}: {did_you_mean(text, WIRES)}, or figures such as 25GB/s,3us or 200Gbit/s,3us"
+        )
+    if found[3] is None:
+        raise ConfigError(f"link {text!r}: the latency is missing, as in {text.strip()},3us")
+    return Wire(giga if found[2] == "GB/s" else giga / 8, _number(found[3]), "given")
 
 
 def device(text: str) -> Device:

@@ -14,7 +14,7 @@ from moesaic.autotune.prior import Cost
 from moesaic.errors import ConfigError
 from moesaic.parallel.choice.candidates import exchanges, search
 from moesaic.parallel.choice.clusters import Device, Wire, links
-from moesaic.parallel.choice.compute import Compute
+from moesaic.parallel.choice.compute import Compute, Overhead
 from moesaic.parallel.choice.cost import PlanEstimate, Pricing
 from moesaic.parallel.choice.volume import FloatArray
 from moesaic.parallel.counts import message_bytes
@@ -25,8 +25,18 @@ from moesaic.parallel.workload import Workload
 
 # Seconds to launch the kernels of one call of the experts, of order: a few kernels of some microseconds.
 _LAUNCH = 2e-5
+# Seconds on the host for a pass and for each chunk of it, Python and the launch of kernels: of the order that
+# parallel/choice/overhead.py measures on two ranks of a CPU. Not measured on GPUs.
+_OVERHEAD = Overhead(step=1e-3, chunk=6e-4)
+# Seconds on the host for each of the W x E counts that all ranks tell each other: a plan and what a rank does by it took
+# 9 ms with 1,024 ranks and 2,048 experts, of which all but 2 ms grow with the counts, on a CPU of 2 cores.
+_PLANNING = 6e-9
 # Ranks whose routing is drawn; the others repeat theirs.
 _DRAWN = 256
+# What is simulated in a minute or so, and in the memory that there is.
+MOST_RANKS = 4096
+_MOST = {"num_experts": 1 << 13, "d_model": 1 << 20, "d_ff": 1 << 20, "tokens": 1 << 24}
+_MOST_ZIPF = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,9 @@ class Cluster:
         ranks, per_host: W, and how many of them are on one host.
         inside, between: links of a rank to those on its host, and to others.
         efficiency: share of the device's peak that the experts' matrix products reach.
+        overhead: of the host, for every pass of every plan, plain expert parallelism too; nothing of it is hidden
+            behind what devices do.
+        planning: seconds of the host for each of W · E counts, before every step of what adapts.
     """
 
     ranks: int
@@ -45,13 +58,19 @@ class Cluster:
     between: Wire
     device: Device
     efficiency: float = 0.5
+    overhead: Overhead = _OVERHEAD
+    planning: float = _PLANNING
 
     def __post_init__(self) -> None:
         for name in ("ranks", "per_host"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.ranks > MOST_RANKS:
+            raise ConfigError(f"ranks is {self.ranks}: a simulation has at most {MOST_RANKS}")
         if not 0 < self.efficiency <= 1:
             raise ConfigError(f"efficiency is {self.efficiency}: it must be above 0 and at most 1")
+        if min(self.planning, self.overhead.step, self.overhead.chunk) < 0:
+            raise ConfigError(f"planning is {self.planning} and overhead {self.overhead}: neither can be below 0")
 
     def topology(self) -> Topology:
         """Rank 0's view."""
@@ -87,8 +106,13 @@ class Step:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k is {self.top_k}: there are only {self.num_experts} experts")
-        if self.zipf < 0 or not 0 <= self.hot <= 1:
-            raise ConfigError(f"zipf is {self.zipf} and hot {self.hot}: from 0 on, and between 0 and 1")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {getattr(self, name)}: a simulation has at most {most}")
+        if not 0 <= self.zipf <= _MOST_ZIPF:
+            raise ConfigError(f"zipf is {self.zipf}: it must be between 0 and {_MOST_ZIPF}")
+        if not 0 <= self.hot <= 1:
+            raise ConfigError(f"hot is {self.hot}: it must be between 0 and 1")
 
     def shares(self, random: np.random.Generator) -> FloatArray:
         """``[E]``: the share of the tokens that choose each expert; they add up to K."""
@@ -142,7 +166,8 @@ class Step:
         flops = cluster.device.tflops * 1e12 * cluster.efficiency
         memory = cluster.device.gbytes * 1e9
         forward = Cost(_LAUNCH, matrices * self.dtype.itemsize / memory, 2 * matrices / flops)
-        return Compute(forward, forward.times(2), copy=2 / memory)  # a copy reads and writes
+        # A copy reads and writes.
+        return Compute(forward, forward.times(2), copy=2 / memory, overhead=cluster.overhead)
 
 
 @dataclass(frozen=True)
@@ -152,8 +177,10 @@ class Simulated:
     Attributes:
         static: plain expert parallelism: tokens travel, directly, in one chunk.
         best: of each strategy, by its name.
-        counts: seconds of the exchange of counts, by which all ranks come to know enough to choose; the static way does
-            without, because its ranks only tell each other what they send.
+        counts: seconds of the exchange of counts, by which all ranks come to know enough to choose, and of
+            :attr:`planning`; the static way does without, because its ranks only tell each other what they send.
+        planning: seconds of choosing among what is known of this kind of step, and of finding out what to send. What is
+            looked for only once, when a kind of step is met, is not in it.
     """
 
     cluster: Cluster
@@ -161,6 +188,7 @@ class Simulated:
     static: PlanEstimate
     best: dict[str, PlanEstimate]
     counts: float
+    planning: float = 0.0
 
     @property
     def auto(self) -> PlanEstimate:
@@ -168,7 +196,7 @@ class Simulated:
         return min(self.best.values(), key=lambda each: each.seconds)
 
     def speedup(self, estimate: PlanEstimate) -> float:
-        """Against the static way, the counts exchange included."""
+        """Against the static way, the counts exchange and planning included."""
         return self.static.seconds / (estimate.seconds + self.counts)
 
 
@@ -178,6 +206,8 @@ def simulate(cluster: Cluster, step: Step, seed: int = 0) -> Simulated:
     Raises:
         ConfigError: for sizes that no cluster or layer has.
     """
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}: it must be at least 0")
     topology, workload = cluster.topology(), step.workload(cluster.ranks, seed)
     wires = links(cluster.inside, cluster.between)
     pricing = Pricing(workload, wires, step.compute(cluster), topology)
@@ -190,4 +220,5 @@ def simulate(cluster: Cluster, step: Step, seed: int = 0) -> Simulated:
     slowest = wires.between if far else wires.inside
     latency = near * wires.inside.alpha + far * wires.between.alpha
     counts = wires.start + latency + (near + far) * message_bytes(workload.layout) * slowest.beta
-    return Simulated(cluster, step, static, best, counts)
+    planning = cluster.planning * cluster.ranks * step.num_experts
+    return Simulated(cluster, step, static, best, counts + planning, planning)
