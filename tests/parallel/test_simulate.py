@@ -10,6 +10,7 @@ import torch
 
 from moesaic.errors import ConfigError
 from moesaic.parallel.choice.clusters import DEVICES, WIRES, Device, Wire, device, links, wire
+from moesaic.parallel.choice.compute import Overhead
 from moesaic.parallel.choice.cost import estimate
 from moesaic.parallel.choice.simulate import Cluster, Step, simulate
 from moesaic.parallel.plan import Plan
@@ -59,6 +60,17 @@ def test_static_is_the_plan_that_adapts_nothing() -> None:
     assert point.speedup(point.static) < 1  # the counts exchange is paid for
 
 
+def test_hosts_take_their_time() -> None:
+    free = replace(CLUSTER, overhead=Overhead(), planning=0.0)
+    with_all, without = simulate(CLUSTER, STEP), simulate(free, STEP)
+    assert with_all.planning == pytest.approx(CLUSTER.planning * 16 * 32)
+    assert with_all.counts - with_all.planning == pytest.approx(without.counts) and without.planning == 0.0
+    # Two passes of one chunk, for the static way as for the others.
+    passes = 2 * (CLUSTER.overhead.step + CLUSTER.overhead.chunk)
+    assert with_all.static.seconds - without.static.seconds == pytest.approx(passes)
+    assert with_all.static.parts["overhead"] == pytest.approx(passes) and not without.static.parts["overhead"]
+
+
 def test_one_hot_expert_is_fetched() -> None:
     point = simulate(CLUSTER, replace(STEP, hot=0.8))
     assert point.auto.plan.strategy == "hybrid" and 0 in point.auto.plan.fetched
@@ -85,7 +97,9 @@ def test_steps_that_cannot_be(changes: dict[str, float]) -> None:
         replace(STEP, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"ranks": 0}, {"per_host": 0}, {"efficiency": 0.0}, {"efficiency": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{"ranks": 0}, {"per_host": 0}, {"efficiency": 0.0}, {"efficiency": 1.5}, {"planning": -1.0}]
+)
 def test_clusters_that_cannot_be(changes: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         replace(CLUSTER, **changes)
