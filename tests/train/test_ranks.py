@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,3 +344,31 @@ def test_torchrun_goes_on_after_a_rank_was_killed(
     first, second = note(out)["lives"]
     assert first["from_step"] == 0
     assert second["from_step"] >= step - 4 - step % 4
+
+
+def drawn_after(recipe: str, out: str, resume: bool) -> list[float]:
+    """What this rank's random stream gives when the run has ended; the first run sets one for each rank, and stops."""
+
+    def stop() -> None:
+        torch.manual_seed(1000 + torch.distributed.get_rank())
+        tiny.send(signal.SIGINT)()
+
+    try:
+        train(recorded_recipe(json.loads(recipe), "the test"), out, resume=resume, display=tiny.AtStep(2, stop))
+    except Interrupted:
+        assert not resume
+    return torch.rand(3).tolist()
+
+
+def test_each_rank_goes_on_with_its_own_random_stream(corpus: list[str], out: Path, tmp_path: Path) -> None:
+    recipe = wide(corpus, "steps=3", "warmup_steps=1").model_dump_json()
+    before = harness.pool(2).run(drawn_after, recipe, str(out), False)
+    assert before[0] != before[1]
+    (checkpoint,) = published(out / "checkpoints")
+    assert {"random.cpu", "random_1.cpu"} <= FileSystemReader(
+        checkpoint.path
+    ).read_metadata().state_dict_metadata.keys()
+    shutil.copytree(out, tmp_path / "by three")
+    assert harness.pool(2).run(drawn_after, recipe, str(out), True) == before
+    by_three = harness.pool(3).run(drawn_after, recipe, str(tmp_path / "by three"), True)
+    assert by_three[:2] == before and by_three[2] not in before

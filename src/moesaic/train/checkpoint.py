@@ -89,7 +89,8 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
 def training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], world: World | None = None
 ) -> dict[str, Any]:
-    """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``.
+    """All that the next step depends on: weights, buffers, optimizer, random streams, and ``progress``; each rank's own
+    stream is under a key of its own.
 
     Parameters that require no gradient never change, and are not in it; neither are the optimizer's settings, which the
     recipe gives.
@@ -104,7 +105,7 @@ def training_state(
     return {
         "model": model_state,
         "optimizer": {"state": optimizer_state["state"]},
-        _random_key(world or World()): random,
+        _random_key((world or World()).rank): random,
         "progress": dict(progress),
     }
 
@@ -114,16 +115,17 @@ def restore(
 ) -> dict[str, Any]:
     """Load a checkpoint into a model and its optimizer, and set the random streams; returns its ``progress``.
 
-    It may have been written by another number of ranks. Those that had no random stream then go on with their own.
+    It may have been written by another number of ranks. Those that had no random stream then begin one that follows
+    from the first rank's, and their number.
 
     Raises:
         CheckpointError: where it does not fit the model, or cannot be read after all.
     """
     world = world or World()
     state = training_state(model, optimizer, checkpoint.about["progress"], world)
-    key = _random_key(world)
-    if world.rank >= checkpoint.about.get("processes", 1):
-        del state[key]
+    begins = world.rank >= checkpoint.about.get("processes", 1)
+    key = _random_key(0 if begins else world.rank)
+    state[key] = state.pop(_random_key(world.rank))
     try:
         # What it loads into are the tensors of the model and the optimizer themselves.
         stored = to_checkpoint(state, model, stored=checkpoint.path)
@@ -131,13 +133,20 @@ def restore(
     except (Exception, CheckpointException) as error:  # torch's is no Exception, but a BaseException
         reason = " ".join(str(_root_cause(error)).split())[:300]
         raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error
-    if key in stored:
+    if begins:
+        _begin_random(stored[key], world.rank)
+    else:
         _set_random(stored[key], next(model.parameters()).device)
     return dict(stored["progress"])
 
 
-def _random_key(world: World) -> str:
-    return f"random_{world.rank}" if world.rank else "random"
+def _random_key(rank: int) -> str:
+    return f"random_{rank}" if rank else "random"
+
+
+def _begin_random(streams: Mapping[str, bytes], rank: int) -> None:
+    found = hashlib.blake2b(streams["cpu"] + str(rank).encode(), digest_size=7)
+    torch.manual_seed(int.from_bytes(found.digest(), "big"))
 
 
 def _set_random(streams: Mapping[str, bytes], device: torch.device) -> None:

@@ -122,11 +122,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on; the tensors are the model's and the optimizer's own."""
-        return training_state(self.model, self.optimizer, self.progress())
+        return training_state(self.model, self.optimizer, self.progress(), self.world)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; raises :class:`CheckpointError` where it does not fit."""
-        progress: Mapping[str, Any] = restore(checkpoint, self.model, self.optimizer)
+        progress: Mapping[str, Any] = restore(checkpoint, self.model, self.optimizer, self.world)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
 
     def _backward(self, ids: Tensor) -> Tensor:
