@@ -16,12 +16,14 @@ def test_a_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "40")
     assert run([*SMALL, "--hot", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "…" not in printed and " speed-up " in printed and "overhead" not in printed
+    assert "…" not in printed and " speed-up " in printed and " overhead " in printed and " results " in printed
     assert " static   tokens (overlap 1, direct)\n" in printed
     assert "16 ranks, 8 a host; E32 K2 D256 F512, 512 tokens a rank, training" in printed
     for name in ("static", "tokens", "weights", "hybrid", "auto"):
         assert any(line.split()[:1] == [name] for line in printed.splitlines())
     assert "nothing of this is measured. Inside a host: NVIDIA A100 data sheet" in printed
+    assert run([*ANY_SIZE, "--ranks", "1"]) == 0
+    assert " results " not in capsys.readouterr().out  # it would be a column of zeros
 
 
 def test_a_plan_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
