@@ -29,12 +29,23 @@ FILE = "parallel.json"
 
 def main() -> int:
     """0, or 130 where it was interrupted: what was measured is then written."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help=f"some of {', '.join(PARTS)}, with commas", default=",".join(PARTS))
+    parser = argparse.ArgumentParser(
+        description="Expert layers over ranks against their targets. All parts take about an hour, on a machine that "
+        "does nothing else. The parts with several hosts are skipped without root and iproute2 (ip, tc): hosts are "
+        "network namespaces behind links of limited rate.",
+        epilog="Then scripts/benchmark_page.py writes docs/parallelism.md.",
+    )
+    parser.add_argument(
+        "--only", help=f"some of {', '.join(PARTS)}, with commas; all by default", default=",".join(PARTS)
+    )
     parser.add_argument("--quick", action="store_true", help="fewer points and rounds")
-    parser.add_argument("--seconds", type=float, help="begin no further point of the grid after so long")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no further point of the grid after so long; no limit by default"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the points of the grid that the file has")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="the folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="the folder to write; %(default)s by default"
+    )
     options = parser.parse_args()
     names = options.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
