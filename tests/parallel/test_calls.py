@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 import torch.distributed as dist
 from tests.hf import parallel_models
 from tests.parallel import harness, layers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import moesaic
 from moesaic.dispatch import Dispatch
@@ -96,3 +100,58 @@ def halves() -> dict[str, float]:
             forward_sharded(spread.experts, x_TD, ids_TK, weights_TK).backward(upstream_TD)
         errors[f"{strategy} {overlap}"] = errors_of(spread.experts.up.grad.full_tensor())
     return errors
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_checkpointed_layers_keep_nothing(reentrant: bool | None) -> None:
+    for alive, left, error in harness.pool(2).run(checkpointed, reentrant):
+        assert (alive == 0) == (reentrant is not None)
+        assert left == 0
+        assert error < 1e-5
+
+
+class Stack(nn.Sequential):
+    """Layers in a residual stream, with activation checkpointing of a kind, or (None) without."""
+
+    mode: bool | None = None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        for layer in self:
+            block = functools.partial(self._block, layer)
+            x_TD = block(x_TD) if self.mode is None else checkpoint(block, x_TD, use_reentrant=self.mode)
+        return x_TD
+
+    def _block(self, layer: nn.Module, x_TD: Tensor) -> Tensor:
+        return torch.tanh(x_TD + layer(x_TD))
+
+
+def checkpointed(reentrant: bool | None) -> tuple[int, int, float]:
+    """Computations alive after the forward pass, and after the backward pass; the gradients' error."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(each).__name__ == "_Computed" for each in gc.get_objects())
+
+    stack = Stack(*(layers.layer_of({}) for _ in range(3)))
+    x_TD, upstream_TD = layers.features(dist.get_rank(), 9)
+    inputs, spread = [x_TD.clone().requires_grad_() for _ in range(2)], copy.deepcopy(stack)
+    stack(inputs[0]).backward(upstream_TD)
+    moesaic.parallelize(spread)
+    spread.mode = reentrant
+    error, before = 0.0, alive()
+    for strategy in (*STRATEGIES, "auto"):
+        spread.zero_grad()
+        inputs[1].grad = None
+        with use_strategy(strategy):
+            y_TD = spread(inputs[1])
+            kept = alive() - before
+            y_TD.backward(upstream_TD)
+        del y_TD
+        assert inputs[0].grad is not None and inputs[1].grad is not None
+        error = max(error, float((inputs[1].grad - inputs[0].grad).abs().max()))
+        for (name, whole), mine in zip(stack.named_parameters(), spread.parameters(), strict=True):
+            assert whole.grad is not None and isinstance(mine.grad, DTensor), name
+            total = whole.grad.clone()
+            dist.all_reduce(total)
+            error = max(error, float((mine.grad.full_tensor() - total / dist.get_world_size()).abs().max()))
+    return kept, alive() - before, error

@@ -5,11 +5,13 @@ T tokens · D model width · K slots per token · N rows on their way · R rows 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -300,30 +302,61 @@ class Call:
             yield
 
 
+class _Kept(np.ndarray[Any, Any]):
+    """What a call keeps for its backward pass, alive as long as a tensor over this memory, which holds its number.
+
+    Autograd gets that tensor to save. Activation checkpointing lets it go, and gives the backward pass the one that it
+    has recomputed instead: so the first call's state goes with the tensor, and that of the recomputed one is found.
+    """
+
+    call: Call | None
+    own: Tensors
+    versions: tuple[int, ...]
+
+    by_number: ClassVar[WeakValueDictionary[int, _Kept]] = WeakValueDictionary()
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+
+    @classmethod
+    def of(cls, call: Call, own: Tensors) -> Tensor:
+        number = next(cls._numbers)
+        kept = cls.by_number[number] = np.full(1, number, dtype=np.int64).view(cls)
+        kept.call, kept.own, kept.versions = call, own, _versions(own, call.stored)
+        return torch.from_numpy(kept)
+
+
 class Execute(torch.autograd.Function):
     """A :class:`Call` as one node of autograd's graph, so that the order of its collectives is the same everywhere."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, x_TD: Tensor, weights_TK: Tensor, names: tuple[str, ...], *own: Tensor) -> Tensor:
-        ctx.call, ctx.names = call, names
+        ctx.names = names
         # Not saved for backward by autograd, which would copy or offload what is there anyway: their memory is theirs.
-        ctx.own = [each.detach() for each in own]
-        ctx.versions = _versions(ctx.own, call.stored) if call.keeps else ()
-        return call.forward(x_TD.detach(), weights_TK.detach(), dict(zip(names, ctx.own, strict=True)))
+        tensors = {name: each.detach() for name, each in zip(names, own, strict=True)}
+        y_TD = call.forward(x_TD.detach(), weights_TK.detach(), tensors)
+        if call.keeps:
+            ctx.save_for_backward(_Kept.of(call, tensors))
+        return y_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
-        if ctx.call is None:
+        (number,) = ctx.saved_tensors
+        kept = _Kept.by_number.get(int(number))
+        if kept is None:
+            raise RuntimeError(
+                "what a parallel layer keeps for its backward pass is gone: hooks on saved tensors must not copy them, as "
+                "save_on_cpu(pin_memory=True) does"
+            )
+        if kept.call is None:
             raise RuntimeError("a parallel layer's backward pass runs once: call forward again instead")
-        call, ctx.call = ctx.call, None
-        if _versions(ctx.own, call.stored) != ctx.versions:
+        call, kept.call = kept.call, None
+        if _versions(kept.own, call.stored) != kept.versions:
             raise RuntimeError(
                 f"the experts' weights of layer {call.layer} have been modified by an inplace operation between its "
                 "forward and its backward pass: their gradients would be of other weights"
             )
         start = time.monotonic_ns()
-        grad_x_TD, grad_weights_TK, grads = call.backward(grad_TD, dict(zip(ctx.names, ctx.own, strict=True)))
+        grad_x_TD, grad_weights_TK, grads = call.backward(grad_TD, kept.own)
         if call.on_backward is not None:
             call.on_backward(start, (time.monotonic_ns() - start) / 1e9)
         wanted = ctx.needs_input_grad[4:]
@@ -331,9 +364,9 @@ class Execute(torch.autograd.Function):
         return None, grad_x_TD, grad_weights_TK, None, *own
 
 
-def _versions(own: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[int, ...]:
+def _versions(own: Tensors, stored: Sequence[Tensor]) -> tuple[int, ...]:
     # What an optimizer does to a DTensor is counted by that, not by its local tensor, and the other way round.
-    return tuple(each._version for each in (*own, *stored))
+    return tuple(each._version for each in (*own.values(), *stored))
 
 
 def _accumulate(total: Tensors, grads: Tensors) -> None:

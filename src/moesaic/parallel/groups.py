@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 Made = TypeVar("Made")
 
@@ -52,5 +53,6 @@ def group_of(ranks: Sequence[int], purpose: str, timeout: float | None = None) -
 
 def timeout_of(group: Any) -> float:
     """Seconds after which a group's collectives fail."""
-    times = [group._get_backend(device).options._timeout for device in group._device_types]
-    return float(min(times).total_seconds())
+    options = [group._get_backend(device).options for device in group._device_types]
+    times = [each._timeout for each in options if each is not None]  # PyTorch's fake backend has none
+    return float(min(times, default=default_pg_timeout).total_seconds())
