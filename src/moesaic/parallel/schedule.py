@@ -51,17 +51,27 @@ class Schedule:
         """Ranks that share a replica of a block: each has all of the replica's slices, and a share of the tokens."""
         return self.workload.layout.slices // self.replicas
 
+    @cached_property
+    def _fetched_E(self) -> BoolArray:
+        fetched_E = np.zeros(self.workload.layout.num_experts, dtype=bool)
+        fetched_E[list(self.plan.fetched)] = True
+        return fetched_E
+
     # What one rank does
 
     def fetches(self, ranks: IntArray | slice, experts: IntArray | slice) -> BoolArray:
-        """``[n, m]``: whether ranks compute their own slots for experts themselves, with fetched weights."""
+        """``[n, m]``: whether ranks compute their own slots for experts themselves, with fetched weights; a slice is
+        all of them."""
         layout, counts_WE = self.workload.layout, self.workload.counts_WE
-        fetched_E = np.zeros(layout.num_experts, dtype=bool)
-        fetched_E[list(self.plan.fetched)] = True
         fetches: BoolArray = _part(counts_WE, ranks, experts) >= max(1, self.plan.least)
-        fetches &= fetched_E[experts]
+        if not self._fetched_E[experts].all():
+            fetches &= self._fetched_E[experts]
         if layout.slices == 1:  # a rank has its own already
-            fetches &= np.arange(layout.ranks)[ranks][:, None] != layout.block_of_expert[experts]
+            owner_m = layout.block_of_expert[experts]
+            if isinstance(ranks, slice):
+                fetches[owner_m, np.arange(len(owner_m))] = False
+            else:
+                fetches &= ranks[:, None] != owner_m
         return fetches
 
     def block_rows(self, ranks: IntArray | slice, blocks: IntArray | slice) -> IntArray:
@@ -78,7 +88,9 @@ class Schedule:
         sizes_n = np.append(layout.first_of_block, layout.num_experts)[np.arange(layout.blocks)[blocks] + 1] - first_n
         there_n = sizes_n > 0
         starts_n = np.cumsum(sizes_n) - sizes_n
-        experts = np.repeat(first_n - starts_n, sizes_n) + np.arange(sizes_n.sum())
+        experts = (
+            _ALL if isinstance(blocks, slice) else np.repeat(first_n - starts_n, sizes_n) + np.arange(sizes_n.sum())
+        )
         fetches = self.fetches(ranks, experts)
         slots = np.where(fetches, 0, _part(self.workload.counts_WE, ranks, experts))
         # Never more rows than were wanted of the block: those of fetched experts were counted too.

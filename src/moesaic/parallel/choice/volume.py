@@ -123,7 +123,7 @@ class Volumes:
         key = (plan.fetched, plan.least, plan.replicas)
         if key not in self._amounts:
             whole = self.workload.layout.slices == 1
-            self._amounts[key] = _whole(plan, self.workload) if whole else _sliced(schedule)
+            self._amounts[key] = _whole(schedule) if whole else _sliced(schedule)
         amounts = self._amounts[key]
         if (*key, plan.exchange) not in self._rows:
             self._rows[*key, plan.exchange] = _there_and_back(amounts.rows_WW, plan.exchange, self.places)
@@ -163,34 +163,28 @@ def _sliced(schedule: Schedule) -> _Amounts:
     return _Amounts(rows_WW, rows_WW.sum(1), rows_WW.sum(0), *own, fetched_WE.sum(1), (fetched_WE > 0).sum(1))
 
 
-def _whole(plan: Plan, workload: Workload) -> _Amounts:
+def _whole(schedule: Schedule) -> _Amounts:
     """Where a rank is a block: looks at the columns of fetched experts alone."""
-    layout, counts_WE, rows_WB = workload.layout, workload.counts_WE, workload.rows_WB
-    block_E = layout.block_of_expert
-    total_E = counts_WE.sum(0)
+    workload, layout = schedule.workload, schedule.workload.layout
+    block_E, rows_WB = layout.block_of_expert, workload.rows_WB
+    total_E = workload.counts_WE.sum(0)
     fetched_slots_W = fetched_active_W = np.zeros(layout.ranks, dtype=np.int64)
-    if plan.fetched:
-        columns = np.array(plan.fetched)
-        fetched_WE = _fetched(plan, workload, columns)
-        fetched_slots_W, fetched_active_W = fetched_WE.sum(1), (fetched_WE > 0).sum(1)
-        total_E[columns] -= fetched_WE.sum(0)
-        rows_WB = rows_WB.copy()
-        for block in np.unique(block_E[columns]).tolist():
-            here = fetched_WE[:, block_E[columns] == block]
-            slots_W = counts_WE[:, layout.experts_of_block(block)].sum(1) - here.sum(1)
-            rows_WB[:, block] = np.where((here > 0).any(1), np.minimum(slots_W, rows_WB[:, block]), rows_WB[:, block])
+    if schedule.plan.fetched:
+        columns, everybody = np.array(schedule.plan.fetched), slice(None)
+        fetches_WN = schedule.fetches(everybody, columns)
+        fetched_WN = workload.counts_WE[:, columns] * fetches_WN
+        fetched_slots_W, fetched_active_W = fetched_WN.sum(1), np.count_nonzero(fetches_WN, axis=1)
+        total_E[columns] -= fetched_WN.sum(0)
+        blocks = np.unique(block_E[columns])
+        if len(blocks) == layout.blocks:
+            rows_WB = schedule.block_rows(everybody, everybody)
+        else:
+            rows_WB = rows_WB.copy()
+            rows_WB[:, blocks] = schedule.block_rows(everybody, blocks)
     own_slots_W = np.bincount(block_E, weights=total_E, minlength=layout.ranks).astype(np.int64)
     own_active_W = np.bincount(block_E, weights=total_E > 0, minlength=layout.ranks).astype(np.int64)
     sums = rows_WB.sum(1), rows_WB.sum(0)
     return _Amounts(rows_WB, *sums, own_slots_W, own_active_W, fetched_slots_W, fetched_active_W)
-
-
-def _fetched(plan: Plan, workload: Workload, columns: IntArray) -> IntArray:
-    """Slots that ranks compute with fetched weights of some experts, as ``Schedule.fetched_slots_WE``."""
-    some_WE = workload.counts_WE[:, columns]
-    fetched_WE = np.where(some_WE >= max(1, plan.least), some_WE, 0)
-    fetched_WE[workload.layout.block_of_expert[columns], np.arange(len(columns))] = 0
-    return fetched_WE
 
 
 def _there_and_back(rows_WW: IntArray, exchange: str, places: Places) -> tuple[tuple[Flow, ...], tuple[Flow, ...]]:
@@ -289,7 +283,7 @@ def _add_parcels(sums: FloatArray, parts: Parts, receives_WN: BoolArray, most: i
     near_N, all_N = near_WN.sum(0), gets_WN.sum(0)
     for class_, share_WN, share_N in ((0, near_WN, near_N), (1, gets_WN & ~near_WN, all_N - near_N)):
         sums[0, 0, class_] += np.bincount(owner_N, weights=share_N * piece_N, minlength=sums.shape[-1])
-        sums[0, 1, class_] += share_WN @ piece_N
+        sums[0, 1, class_] += _weighted(share_WN, piece_N)
     order = np.flatnonzero(pieces_N > 1)
     if not len(order):
         return
@@ -304,6 +298,14 @@ def _add_parcels(sums: FloatArray, parts: Parts, receives_WN: BoolArray, most: i
     sums[1, 0, 1] += (out_WN - near_out_WN) @ piece_N
     sums[1, 1, 0] += near_in_WN @ piece_N
     sums[1, 1, 1] += (in_WN - near_in_WN) @ piece_N
+
+
+def _weighted(chosen_WN: BoolArray, piece_N: FloatArray) -> FloatArray:
+    """``[W]``: the pieces of each rank together; nearly always they are equally large."""
+    if (piece_N == piece_N[:1]).all():
+        equal = float(piece_N[0]) if len(piece_N) else 0.0
+        return np.asarray(np.count_nonzero(chosen_WN, axis=1) * equal)
+    return np.asarray(chosen_WN @ piece_N)
 
 
 def _by_host(chosen_WN: BoolArray, places: Places) -> IntArray:
