@@ -344,8 +344,8 @@ class Execute(torch.autograd.Function):
         kept = _Kept.by_number.get(int(number))
         if kept is None:
             raise RuntimeError(
-                "what a parallel layer keeps for its backward pass is gone: hooks on saved tensors must not copy them, as "
-                "save_on_cpu(pin_memory=True) does"
+                "what a parallel layer keeps for its backward pass is gone: hooks on saved tensors must not copy them, "
+                "as save_on_cpu(pin_memory=True) does"
             )
         if kept.call is None:
             raise RuntimeError("a parallel layer's backward pass runs once: call forward again instead")
