@@ -30,7 +30,7 @@ from moesaic.parallel.workload import Workload
 # Kinds of steps that are remembered, and decisions whose timings may still come.
 _MOST_KINDS, _MOST_PENDING = 2048, 4096
 # Steps of a kind that are each predicted by their own numbers, while candidates are compared.
-_CLOSELY = 64
+_CLOSELY = 32
 _PRIME = (1 << 61) - 1
 
 

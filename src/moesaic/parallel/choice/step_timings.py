@@ -28,6 +28,9 @@ _AGAIN = 200
 # A candidate whose timings never come (a backward pass that is never run) is left alone after so many tries.
 _TRIES = 2 * ENOUGH
 _REMEMBERED = 64
+# For so many steps it is taken for granted what other kinds say of candidates that were not timed: to ask them all
+# again at each step would take longer than a plan's choice may.
+_GRANTED = 32
 
 
 @dataclass
@@ -36,12 +39,14 @@ class Tried:
 
     Attributes:
         predicted: for the step by which the kind was met.
+        label: the plan predicted, as one line.
         picked: how often it was carried out.
         checked: the kind's steps when it was last explored.
     """
 
     candidate: Candidate
     predicted: PlanEstimate
+    label: str
     samples: Samples = field(default_factory=Samples)
     picked: int = 0
     checked: int = 0
@@ -61,7 +66,7 @@ class Guess:
 
     def told(self) -> Expected:
         """For a decision."""
-        return Expected(str(self.tried.predicted.plan), self.seconds, len(self.tried.samples.ratios), self.source)
+        return Expected(self.tried.label, self.seconds, len(self.tried.samples.ratios), self.source)
 
 
 class Corrections:
@@ -109,7 +114,9 @@ class Kind:
         self.signature = signature
         self.steps = 0
         self.total = self.lost = 0.0
-        everyone = [Tried(candidate, predicted) for candidate, predicted in found]
+        everyone = [Tried(candidate, predicted, str(predicted.plan)) for candidate, predicted in found]
+        self._granted: dict[int, tuple[float, str]] = {}
+        self._granted_at = 0
         self.tried = [guess.tried for guess in _promising(self._guesses(everyone, corrections))]
         self.best = self.tried[0]
         self._settled: list[Guess] | None = None
@@ -160,16 +167,22 @@ class Kind:
 
     def _guesses(self, tried: list[Tried], corrections: Corrections) -> list[Guess]:
         """The fastest first; equal ones in the order of the candidates."""
-        general = corrections.general(self.signature)
+        if self.steps >= self._granted_at + _GRANTED:
+            self._granted, self._granted_at = {}, self.steps
         guesses = []
         for each in tried:
             if each.samples.ratios:
                 ratio, source = each.samples.typical(), "measured" if each.samples.trusted else "tried"
             else:
-                known = corrections.of(self.signature, each.candidate)
-                ratio, source = (general, "predicted") if known is None else (known, "corrected")
+                ratio, source = self._granted.get(id(each)) or self._grant(each, corrections)
             guesses.append(Guess(each, each.predicted.seconds * ratio, source))
         return sorted(guesses, key=lambda guess: guess.seconds)
+
+    def _grant(self, tried: Tried, corrections: Corrections) -> tuple[float, str]:
+        known = corrections.of(self.signature, tried.candidate)
+        told = (corrections.general(self.signature), "predicted") if known is None else (known, "corrected")
+        self._granted[id(tried)] = told
+        return told
 
     def _worth_exploring(self, guesses: list[Guess]) -> Tried | None:
         worth = [guess for guess in guesses if guess.tried is not self.best and self._is_worth(guess)]
