@@ -36,7 +36,7 @@ def run_links(run: Run) -> Part:
     return Part("The links, through Gloo", header, rows, [], run.skipped(_LINKS))
 
 
-# Fine-grained experts. Four hosts compute on this machine's cores, so the wider an expert, the less communication counts.
+# Fine-grained experts: four hosts compute on this machine's cores, so the wider one is, the less communication counts.
 _HOT = tuple(Work(8192, 16, 1, 256, d_ff, "half", training) for d_ff in (64, 128) for training in (False, True))
 
 
