@@ -125,6 +125,19 @@ class Stack(nn.Sequential):
         return torch.tanh(x_TD + layer(x_TD))
 
 
+def test_a_checkpointed_step_is_timed() -> None:
+    """Where nothing is saved after the experts, the second forward pass ends in them."""
+    for told in harness.pool(2).run(timed):
+        assert [timing.backward is not None for timing in told] == [False, True]
+
+
+def timed() -> list[Any]:
+    layer = moesaic.parallelize(layers.layer_of({}))
+    x_TD = layers.features(dist.get_rank(), 9)[0].requires_grad_()
+    checkpoint(lambda rows: rows + layer(rows), x_TD, use_reentrant=False).sum().backward()
+    return list(layer.experts.parallel._timings)
+
+
 def checkpointed(reentrant: bool | None) -> tuple[int, int, float]:
     """Computations alive after the forward pass, and after the backward pass; the gradients' error."""
 

@@ -63,6 +63,21 @@ def by_two(rank: int) -> bool:
     return torch.allclose(layer(x_TD), alone(x_TD), atol=1e-5)
 
 
+def test_groups_of_some_ranks_before(tmp_path: Path) -> None:
+    """Sliced experts, with a rank that has been in a group without the others; and without gradients."""
+    assert spawned(after_a_group_of_one, tmp_path, 4) == [True] * 4
+
+
+def after_a_group_of_one(rank: int) -> bool:
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    layer = layers.layer_of({"num_experts": 2})
+    alone, x_TD = copy.deepcopy(layer), layers.features(rank, 5)[0]
+    with torch.no_grad():
+        moesaic.parallelize(layer)
+        return torch.allclose(layer(x_TD), alone(x_TD), atol=1e-5)
+
+
 def spawned(scenario: Callable[[int], Any], folder: Path, ranks: int = 2) -> list[Any]:
     """What ranks of their own, in processes of their own, answer."""
     connections = [harness.START.Pipe() for _ in range(ranks)]

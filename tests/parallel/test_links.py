@@ -13,6 +13,7 @@ from moesaic.parallel.choice import links
 from moesaic.parallel.choice.links import Link, Links
 from moesaic.parallel.choice.network import measure_job
 from moesaic.parallel.choice.volume import Flow, Places
+from moesaic.parallel.groups import _Kept
 from moesaic.parallel.topology import Topology
 
 START, ALPHAS, BETAS, SHARED = 1e-4, (2e-5, 3e-4), (1e-10, 8e-9), (3e-10, 4e-9)
@@ -54,7 +55,7 @@ def test_an_exchange_by_hand() -> None:
 
 
 def _measured() -> tuple[Links, Links]:
-    links.measure.cache_clear()
+    _Kept.made.clear()
     told = measure_job()
     assert told.links is not None and (told.ranks, told.hosts, told.machines) == (3, 1, 1)
     assert told.has_inside and not told.has_between

@@ -127,7 +127,7 @@ def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) 
             compute gradients of, or have come to different decisions: which ranks, and in what.
     """
     experts, blocks, asked_E = layout.num_experts, layout.blocks, message.asked_E
-    topology.letter.fit(message_words(layout))  # done before, but by who makes topologies on paper
+    topology.letter.fit(message_words(layout))  # done by ParallelExperts, but for topologies made by hand
     told = _all_told(_packed(message, topology.letter.words), topology)
     header_W = np.ascontiguousarray(told[:, :_WORDS]).view(_HEADER)[:, 0]
     if (told[:, :_AGREED] != told[0, :_AGREED]).any():

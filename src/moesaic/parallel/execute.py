@@ -60,11 +60,13 @@ class Call:
     Attributes:
         keeps, layer, stored: ``grad`` and the arguments.
         choice: the backend that computed last, or None.
+        forward_end: when the forward pass was done (:func:`time.monotonic_ns`); 0 before.
         on_backward: is told when the backward pass began (:func:`time.monotonic_ns`), and its seconds.
     """
 
     choice: Choice | None = None
     on_backward: Callable[[int, float], None] | None = None
+    forward_end: int = 0
 
     def __init__(
         self,
@@ -333,6 +335,7 @@ class Execute(torch.autograd.Function):
         # Not saved for backward by autograd, which would copy or offload what is there anyway: their memory is theirs.
         tensors = {name: each.detach() for name, each in zip(names, own, strict=True)}
         y_TD = call.forward(x_TD.detach(), weights_TK.detach(), tensors)
+        call.forward_end = time.monotonic_ns()
         if call.keeps:
             ctx.save_for_backward(_Kept.of(call, tensors))
         return y_TD

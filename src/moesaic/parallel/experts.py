@@ -150,10 +150,13 @@ class ParallelExperts:
             layer=self.name,
             stored=stored,
         )
-        with torch.autocast(x_TD.device.type, enabled=False):
-            y_TD: Tensor = Execute.apply(call, x_TD, weights_TK, tuple(tensors), *tensors.values())  # type: ignore[no-untyped-call]
+        try:
+            with torch.autocast(x_TD.device.type, enabled=False):
+                y_TD: Tensor = Execute.apply(call, x_TD, weights_TK, tuple(tensors), *tensors.values())  # type: ignore[no-untyped-call]
+        finally:  # activation checkpointing leaves its second forward pass by an error, when the last tensor is saved
+            if call.forward_end:
+                self._note(decision.number, start, call, workload.grad)
         self.last_choice = call.choice
-        self._note(decision.number, start, call if workload.grad else None)
         return y_TD
 
     def _tell(self, x_TD: Tensor, ids_TK: Tensor, grad: bool, learns: bool, asked_E: Tensor | None) -> Workload:
@@ -202,14 +205,13 @@ class ParallelExperts:
             grad=told.grad,
         )
 
-    def _note(self, number: int, start: int, call: Call | None) -> None:
+    def _note(self, number: int, start: int, call: Call, grad: bool) -> None:
         """Keep what the call took until it can be told; with a backward pass, when that has run too."""
         if self.topology.device != "cpu":
             return  # the host does not see how long it took
-        forward = (time.monotonic_ns() - start) / 1e9
-        timing = _Timing(number, forward, None if call else 0.0, start)
+        timing = _Timing(number, (call.forward_end - start) / 1e9, None if grad else 0.0, start)
         self._timings.append(timing)
-        if call is not None:
+        if grad:
 
             def done(start: int, seconds: float) -> None:
                 timing.backward_start, timing.backward = start, seconds

@@ -51,6 +51,26 @@ def group_of(ranks: Sequence[int], purpose: str, timeout: float | None = None) -
     return kept(("group", purpose, tuple(ranks), seconds), make)
 
 
+def group_among(parts: Sequence[Sequence[int]], purpose: str, timeout: float | None = None) -> Any:
+    """This rank's group where a mesh falls into several; a collective call by all ranks of the mesh.
+
+    Args:
+        parts: the ranks of each; the same on all ranks.
+        purpose, timeout: as in :func:`group_of`.
+    """
+    mine = next(part for part in parts if dist.get_rank() in part)
+    if sum(map(len, parts)) < dist.get_world_size():
+        return group_of(mine, purpose, timeout)
+    seconds = timeout_of(dist.group.WORLD) if timeout is None else timeout
+
+    def make() -> Any:
+        # All ranks make all of them: then names agree whatever groups some ranks have been in.
+        made = [dist.new_group(list(part), timeout=timedelta(seconds=seconds)) for part in parts]
+        return made[parts.index(mine)]
+
+    return kept(("groups", purpose, tuple(map(tuple, parts)), seconds), make)
+
+
 def timeout_of(group: Any) -> float:
     """Seconds after which a group's collectives fail."""
     options = [group._get_backend(device).options for device in group._device_types]

@@ -48,9 +48,6 @@ class ExpertLayout:
         """(block, slice) of a rank."""
         return divmod(rank, self.slices)
 
-    def rank_at(self, block: int, slice_: int) -> int:
-        return block * self.slices + slice_
-
     def experts_of(self, rank: int) -> range:
         """The experts of the rank's block."""
         return self.experts_of_block(rank // self.slices)

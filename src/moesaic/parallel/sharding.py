@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts import ExpertWeights
 from moesaic.parallel.fields import ExpertForm, Field
-from moesaic.parallel.groups import group_of, kept
+from moesaic.parallel.groups import group_among, kept
 from moesaic.parallel.layout import ExpertLayout, chunk
 
 
@@ -123,10 +123,9 @@ def expert_mesh(ranks: DeviceMesh, layout: ExpertLayout) -> DeviceMesh:
     if layout.slices == 1:
         return ranks
     grid = ranks.mesh.view(layout.blocks, layout.slices)
-    block, slice_ = layout.place(ranks.get_local_rank())
 
     def make() -> DeviceMesh:
-        groups = [group_of(grid[:, slice_].tolist(), "blocks"), group_of(grid[block].tolist(), "slices")]
+        groups = [group_among(grid.T.tolist(), "blocks"), group_among(grid.tolist(), "slices")]
         return DeviceMesh.from_group(groups, ranks.device_type, mesh=grid, mesh_dim_names=("blocks", "slices"))
 
     return kept(("expert mesh", ranks.device_type, str(grid.tolist())), make)

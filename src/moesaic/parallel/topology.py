@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.errors import ConfigError
-from moesaic.parallel.groups import group_of, kept
+from moesaic.parallel.groups import group_among, group_of, kept
 
 
 @dataclass
@@ -124,10 +124,9 @@ class Topology:
         )
         if not made.is_grid:
             return made
-        by_host = made.ranks_by_host
-        place = by_host[hosts[rank]].index(rank)
-        inside = group_of([ranks[each] for each in by_host[hosts[rank]]], "exchange inside", timeout)
-        across = group_of([ranks[members[place]] for members in by_host], "exchange across", timeout)
+        by_host = [[ranks[each] for each in members] for members in made.ranks_by_host]
+        inside = group_among(by_host, "exchange inside", timeout)
+        across = group_among([list(each) for each in zip(*by_host, strict=True)], "exchange across", timeout)
         return replace(made, inside=inside, across=across)
 
 

@@ -87,7 +87,7 @@ class BenchLayer:
         self.step()
 
     def error(self) -> float:
-        """Of outputs and of the gradients of tokens and experts, against the layer on one process; the largest.
+        """Of outputs and of the gradients of tokens, against the layer on one process; the largest.
 
         The relative error ``|ours - reference| / |reference|``, over all ranks.
         """

@@ -58,7 +58,7 @@ class Chooser:
         self.links = links
         self.compute = compute
         self.topology = topology
-        self.learn = learn
+        self.learn = learn and topology.device == "cpu"  # steps are timed there only
         self._kinds: OrderedDict[StepSignature, Kind] = OrderedDict()
         self._pending: OrderedDict[int, _Pending] = OrderedDict()
         self._corrections = Corrections()

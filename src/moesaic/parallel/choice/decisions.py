@@ -26,8 +26,8 @@ class Expected:
         plan: as one line.
         seconds: expected for the step, backward included.
         samples: timings of this very kind of step that the figure rests on; 0 where it comes from elsewhere.
-        source: ``"measured"`` (this kind of step), ``"corrected"`` (the cost model, corrected by what similar plans
-            took for other kinds), or ``"predicted"`` (the cost model).
+        source: ``"measured"`` (this kind of step), ``"tried"`` (the same, a time or two), ``"corrected"``
+            (the cost model, corrected by what similar plans took for other kinds), or ``"predicted"`` (the cost model).
     """
 
     plan: str
@@ -145,7 +145,7 @@ def replay(plans: Sequence[Plan]) -> Iterator[None]:
 
 def explain() -> list[Decision]:
     """What ``"auto"`` would do now for every kind of step that was met by layers that are there, with the estimates
-    that it rests on; the kinds of each chooser (layers of one shape share one) in the order in which they came."""
+    that it rests on; the kinds of each chooser (layers of one shape share one) last met last."""
     gc.collect()  # parallelized models are in reference cycles: those that are gone would be there still
     told = []
     for each in _Process.choosers:

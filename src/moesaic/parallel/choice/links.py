@@ -8,10 +8,9 @@ W ranks · H hosts · C classes of links.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.parallel.choice.volume import FloatArray, Flow, Places
+from moesaic.parallel.groups import kept
 from moesaic.parallel.topology import Topology
 
 # Bytes that a rank sends: a message that is all latency, then larger ones until an exchange takes so many seconds.
@@ -82,15 +82,21 @@ class Links:
         return work_W
 
 
-@functools.lru_cache(maxsize=16)
 def measure(topology: Topology) -> Links:
-    """Measure the links by exchanges of the kind that steps use; a collective call, well under a second.
+    """Measure the links by exchanges of the kind that steps use; a collective call, well under a second the first time.
 
     All ranks send at once, so that what they share is shared; the slowest rank's time counts, and all get the same.
     """
     if topology.size == 1:
         return Links(Link(0.0, 0.0), Link(0.0, 0.0))
-    return _Measuring(topology).links()
+    return kept(("links", topology), lambda: _of_first_rank(_Measuring(topology).links(), topology))
+
+
+def _of_first_rank(links: Links, topology: Topology) -> Links:
+    """The same on all ranks to the last bit: a solver may round otherwise on another kind of processor."""
+    mine = [getattr(link, each.name) for link in (links.inside, links.between) for each in fields(Link)]
+    told = agreed([*mine, links.start, links.cpu, links.cpu_start], topology)[0].tolist()
+    return Links(Link(*told[:3]), Link(*told[3:6]), *told[6:])
 
 
 class _Measuring:

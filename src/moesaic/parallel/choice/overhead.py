@@ -5,7 +5,6 @@ W ranks · T tokens of a rank.
 
 from __future__ import annotations
 
-import functools
 import time
 from statistics import median
 
@@ -20,6 +19,7 @@ from moesaic.parallel.choice.cost import estimate
 from moesaic.parallel.choice.fixed import FixedChooser
 from moesaic.parallel.choice.volume import Places
 from moesaic.parallel.experts import ParallelExperts
+from moesaic.parallel.groups import kept
 from moesaic.parallel.layout import ExpertLayout
 from moesaic.parallel.sharding import expert_form
 from moesaic.parallel.topology import Topology
@@ -29,13 +29,14 @@ _D_MODEL, _D_FF, _ROWS, _CHUNKS = 16, 16, 8, (1, 4)
 _WARM_UP, _TURNS = 3, 9
 
 
-@functools.lru_cache(maxsize=16)
 def measure(topology: Topology) -> Overhead:
     """Carry out tiny steps, in one chunk and in several, and see what the cost model leaves unexplained; a collective
-    call of some tenths of a second. All ranks get the same.
+    call of some tenths of a second, the first time. All ranks get the same.
     """
-    if topology.size == 1:
-        return Overhead()
+    return Overhead() if topology.size == 1 else kept(("overhead", topology), lambda: _measure(topology))
+
+
+def _measure(topology: Topology) -> Overhead:
     tiny = _Tiny(topology)
     steps = {chunks: [tiny.step(chunks) for _ in range(_WARM_UP + _TURNS)][_WARM_UP:] for chunks in _CHUNKS}
     tiny.step(1)  # tells the times of the one before
@@ -47,7 +48,8 @@ def measure(topology: Topology) -> Overhead:
     )
     chunk = max(0.0, once_many - once_few) / (many - few)
     counts = median(whole - inner for inner, whole in found[few])
-    return Overhead(max(0.0, once_few - few * chunk), chunk, max(0.0, counts))
+    mine = [max(0.0, once_few - few * chunk), chunk, max(0.0, counts)]
+    return Overhead(*links.agreed(mine, topology)[0].tolist())
 
 
 class _Tiny:
@@ -81,8 +83,9 @@ class _Tiny:
         self._chooser.rule = Candidate("tokens", overlap=chunks)
         links.agreed([0.0], self._topology)  # all ranks begin together
         start = time.perf_counter()
-        y_TD = self._experts(self._x_TD, self._ids_T1, self._weights_T1, self._tensors)
-        torch.autograd.grad(y_TD.sum(), [self._x_TD, *self._tensors.values()])
+        with torch.enable_grad():
+            y_TD = self._experts(self._x_TD, self._ids_T1, self._weights_T1, self._tensors)
+            torch.autograd.grad(y_TD.sum(), [self._x_TD, *self._tensors.values()])
         if self._topology.device != "cpu":
             torch.accelerator.synchronize()
         decision = self._experts.last_decision

@@ -150,6 +150,8 @@ class Kind:
             self.lost += max(0.0, seconds - best)
         corrections.note(self.signature, tried.candidate, tried.samples.typical())
         self._settled = None
+        if len(tried.samples.ratios) == 1:
+            self._granted = {}  # the first timing says something about others of its sort
 
     def compare(self, corrections: Corrections) -> list[Guess]:
         """The candidates' guesses, the fastest first; takes the best of them."""
