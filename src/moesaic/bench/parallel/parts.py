@@ -94,7 +94,7 @@ def run_overlap(run: Run) -> Part:
     return Part(title, header, rows, verdicts, run.skipped((_OVERLAP,)))
 
 
-_TWO_BY_TWO = (Setting(2, 2, 1.0), Setting(2, 2, 10.0), Setting(2, 4, 1.0))
+_TWO_BY_TWO = (Setting(2, 2, 1.0), Setting(2, 2, 10.0), Setting(2, 4, 1.0), Setting(2, 8, 1.0))
 _SIZES = [64, 256, 1024, 4096, 16384, 65536, 262144]
 
 
