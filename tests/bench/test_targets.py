@@ -252,8 +252,14 @@ def test_the_page_on_parallelism_tells_measured_and_simulated_apart(tmp_path: Pa
     assert list(script["PARALLEL"]) == [name for name in PARTS if name != "scale"]
     fast, slow, lost = [1.0] * 4, [2.0] * 4, [5.0]
     points = [
-        {"times": {"auto": fast, "tokens, overlap 1": fast, "weights": slow, "hybrid, 1 fetched, overlap 1": lost}},
-        {"times": {"auto": slow, "tokens, overlap 1": slow, "weights": fast, "hybrid, 8 fetched, overlap 1": fast}},
+        {
+            "work": {"num_experts": 8},
+            "times": {"auto": fast, "tokens, overlap 1": fast, "weights": slow, "hybrid, 1 fetched, overlap 1": lost},
+        },
+        {
+            "work": {"num_experts": 64},
+            "times": {"auto": slow, "tokens, overlap 1": slow, "weights": fast, "hybrid, 8 fetched, overlap 1": fast},
+        },
     ]
     verdict = Verdict("grid", "2 points", "auto / best fixed, worst", 1.15, 2.0, at_most=True)
     parts = {
