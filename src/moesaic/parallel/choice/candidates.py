@@ -20,8 +20,9 @@ from moesaic.parallel.topology import Topology
 from moesaic.parallel.workload import IntArray, Workload
 
 _OVERLAPS = (1, 2, 4, 8)
-# A larger hot set is looked at while it is no worse than this against the best so far.
-_WORSE = 1.02
+# Larger hot sets are looked at until so many in a row were no better: the busiest rank has less to do only when some
+# experts of each rank travel.
+_PATIENCE = 3
 # Ranks whose counts are looked at together.
 _TOGETHER = 16
 
@@ -155,13 +156,12 @@ def _weights(start: Candidate, workload: Workload, wish: Wish, price: Price) -> 
 def _hybrids(start: Candidate, workload: Workload, wish: Wish, price: Price) -> Iterator[Candidate]:
     """Hot sets of 1, 2, 4, ... experts, while more of them help, for a few least numbers of slots."""
     for least in _leasts(workload):
-        hot, best = 1, math.inf
-        while hot == 1 or hot < workload.layout.num_experts:
+        hot, best, worse = 1, math.inf, 0
+        while hot == 1 or (hot < workload.layout.num_experts and worse < _PATIENCE):
             candidate = replace(start, hot=hot, least=least)
             seconds = price(candidate)
             yield candidate
-            if seconds > _WORSE * best:
-                break
+            worse = 0 if seconds < best else worse + 1
             best, hot = min(best, seconds), 2 * hot
 
 
