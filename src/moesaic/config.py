@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,19 @@ class MoEConfig:
         num_experts: number E of routed experts.
         top_k: slots K per token; may be overridden in each call.
         router: a name of ``moesaic.routing.available()``; ``router_options`` are that router's own keywords.
-        balancing: balancer name to coefficient (``load_balancing``, ``z_loss``, ``bias_update``); empty for none.
+        balancing: balancer name to coefficient (``load_balancing``, ``z_loss``, ``bias_update``), or to a table of its
+            coefficient, schedule and options; empty for none.
         capacity_factor: 0 is dropless; above 0 every expert gets ``ceil(factor·T·K/E)`` rows, padded or dropped; below
             0 an expert gets the rows that it needs, at most ``ceil(|factor|·T·K/E)``. May be overridden in each call.
         activation: a name of ``moesaic.experts.ACTIVATIONS``: swiglu, geglu, geglu_tanh, relu, gelu, gelu_tanh.
         bias: biases in both projections of every expert.
         num_shared_experts: experts that every token takes; ``shared_d_ff`` is the hidden width of each (``d_ff`` by
             default), ``shared_gate`` multiplies their sum by a sigmoid of the token.
+        zero_computation_experts: kind to number (``{"zero": 1, "copy": 1, "constant": 2}``): what the router may choose
+            beside the E experts; ``top_k`` may then be up to the number of both.
+        iterations: how often a token is routed, computed and added before it leaves, each time by another router.
+        expert_d_ffs: hidden width of each expert, where they differ; takes the place of ``d_ff``.
+        communication_width: width in which rows travel to the experts and back; ``d_model`` by default.
 
     Raises:
         ConfigError: for an unknown name, a value out of range, or settings that do not go together.
@@ -42,18 +48,26 @@ class MoEConfig:
     top_k: int = 2
     router: str = "softmax_topk"
     router_options: Mapping[str, Any] = field(default_factory=dict)
-    balancing: Mapping[str, float] = field(default_factory=dict)
+    balancing: Mapping[str, Any] = field(default_factory=dict)
     capacity_factor: float = 0.0
     activation: str = "swiglu"
     bias: bool = False
     num_shared_experts: int = 0
     shared_d_ff: int | None = None
     shared_gate: bool = False
+    zero_computation_experts: Mapping[str, int] = field(default_factory=dict)
+    iterations: int = 1
+    expert_d_ffs: Sequence[int] | None = None
+    communication_width: int | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses among: the E experts, then the zero-computation experts."""
+        return self.num_experts + sum(self.zero_computation_experts.values())
 
     def __post_init__(self) -> None:
-        least = {"d_model": 1, "d_ff": 1, "num_experts": 1, "num_shared_experts": 0}
-        if self.shared_d_ff is not None:
-            least["shared_d_ff"] = 1
+        least = {"d_model": 1, "d_ff": 1, "num_experts": 1, "num_shared_experts": 0, "iterations": 1}
+        least |= {name: 1 for name in ("shared_d_ff", "communication_width") if getattr(self, name) is not None}
         for name, smallest in least.items():
             value = getattr(self, name)
             if not is_of(int, value):
@@ -65,6 +79,6 @@ class MoEConfig:
         if self.shared_gate and not self.num_shared_experts:
             raise ConfigError("shared_gate needs shared experts: num_shared_experts is 0")
         with torch.device("meta"):  # the router knows best what its options may be; without memory, this costs nothing
-            create_router(self.router, self.d_model, self.num_experts, self.top_k, **self.router_options)
+            create_router(self.router, self.d_model, self.num_choices, self.top_k, **self.router_options)
         check_balancing(self.balancing, ROUTERS.get(self.router))
         ACTIVATIONS.get(self.activation)

@@ -6,6 +6,7 @@ T tokens · D model width · E experts · K slots per token. Follow a token: ``M
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +17,31 @@ from moesaic.config import MoEConfig
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
 from moesaic.experts import Choice, ExpertBank, SharedExperts
+from moesaic.experts.kinds import ZeroComputationExperts
 from moesaic.experts.slots import ExpertSlots
-from moesaic.routing import BALANCERS, Routing, acts_after_step, balance_loss, create_router, limit_capacity
+from moesaic.routing import (
+    BALANCERS,
+    Router,
+    Routing,
+    RoutingContext,
+    acts_after_step,
+    balance_loss,
+    create_router,
+    limit_capacity,
+)
 
 
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer: ``[..., D]`` to ``[..., D]``.
 
     After a forward, ``last_routing`` is its :class:`Routing` (for reading: cut off from the autograd graph, which it
-    would keep in memory; a loss of one's own is a balancer) and ``aux_loss`` a float32 scalar to be added to the
-    training loss (0 where the configuration names no balancing loss); ``last_choice`` says which backend computed it,
-    and why. After an optimizer step call :meth:`after_step`, or :func:`update_balancing` for a whole model: balancers
-    without a loss act there.
+    would keep in memory; a loss of one's own is a balancer), ``last_routings`` those of all iterations, and
+    ``aux_loss`` a float32 scalar to be added to the training loss (0 where the configuration names no balancing loss);
+    ``last_choice`` says which backend computed it, and why. After an optimizer step call :meth:`after_step`, or
+    :func:`update_balancing` for a whole model: balancers without a loss act there.
     """
 
-    last_routing: Routing | None
+    last_routings: tuple[Routing, ...]
     aux_loss: Tensor
     slot_counts: Tensor
 
@@ -38,8 +49,17 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.router = create_router(c.router, c.d_model, c.num_experts, c.top_k, **c.router_options)
+        self.router, *others = (
+            create_router(c.router, c.d_model, c.num_choices, c.top_k, **c.router_options) for _ in range(c.iterations)
+        )
+        self.next_routers = nn.ModuleList(others)
+        if c.num_choices > c.num_experts:
+            for router in self.routers:
+                router.num_ffn = c.num_experts
         self.experts = ExpertBank(c.d_model, c.d_ff, c.num_experts, c.activation, c.bias)
+        self.zero_computation: ZeroComputationExperts | None = None
+        if c.num_choices > c.num_experts:
+            self.zero_computation = ZeroComputationExperts(c.d_model, c.zero_computation_experts)
         self.shared: SharedExperts | None = None
         if c.num_shared_experts:
             shared_d_ff = c.shared_d_ff or c.d_ff
@@ -47,8 +67,8 @@ class MoE(nn.Module):
                 c.d_model, shared_d_ff, c.num_shared_experts, c.activation, c.bias, c.shared_gate
             )
         # Slots per expert since the last optimizer step; always zero between steps, hence not in checkpoints.
-        self.register_buffer("slot_counts", torch.zeros(c.num_experts, dtype=torch.int64), persistent=False)
-        self.last_routing = None
+        self.register_buffer("slot_counts", torch.zeros(c.num_choices, dtype=torch.int64), persistent=False)
+        self.last_routings = ()
         self.aux_loss = _no_loss()
 
     def forward(
@@ -58,6 +78,7 @@ class MoE(nn.Module):
         top_k: int | None = None,
         capacity_factor: float | None = None,
         token_mask: Tensor | None = None,
+        context: RoutingContext | None = None,
     ) -> Tensor:
         """Route every token, run its experts, and sum what they say.
 
@@ -70,26 +91,41 @@ class MoE(nn.Module):
             x: ``[..., D]`` floating point.
             top_k, capacity_factor: override the configuration for this call.
             token_mask: ``[...]`` boolean, False for tokens (padding) that get no routed expert.
+            context: what the router may know beyond ``x``; its ``left`` is then what this one leaves to the next layer.
 
         Raises:
             ConfigError: for a wrong width, a mask of another shape, or a ``top_k`` out of range.
         """
         x_TD = self._tokens(x)
-        routing = self.router(x_TD, top_k)
-        if token_mask is not None:
-            routing = routing.without(~self._mask(token_mask, x))
+        context = context or RoutingContext()
+        features_TD = x_TD if context.features is None else self._tokens(context.features)
+        context.token_mask = None if token_mask is None else self._mask(token_mask, x)
         factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
-        asked, routing = routing, limit_capacity(routing, factor)
-        if self.experts.__dict__.get("parallel") is None:
-            y_TD, counts_E = self.experts(x_TD, self._dispatch(routing, factor)), None
-        else:
-            y_TD, counts_E = self._over_ranks(x_TD, asked, routing)
-        self._balance(asked, counts_E)
+        asked = self._ask(self.router, features_TD, top_k, context, x)
+        y_TD, routing, aux_loss = self._round(x_TD, asked, factor)
+        routings = [routing]
+        for router in self.routers[1:]:
+            h_TD = x_TD + y_TD
+            asked = self._ask(router, h_TD, top_k, context, x)
+            more_TD, routing, more_loss = self._round(h_TD, asked, factor)
+            y_TD, aux_loss = y_TD + more_TD, aux_loss + more_loss
+            routings.append(routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        self.last_routing = routing.detach()
+        # At the end: what activation checkpointing recomputes stops before it, and the losses of the forward stay.
+        self.aux_loss, self.last_routings = aux_loss, tuple(routings)
         y: Tensor = y_TD.view(x.shape)
         return y
+
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each iteration."""
+        return [self.router, *self.next_routers]
+
+    @property
+    def last_routing(self) -> Routing | None:
+        """The last forward's routing (of its first iteration); None before the first one."""
+        return self.last_routings[0] if self.last_routings else None
 
     @property
     def last_choice(self) -> Choice | None:
@@ -107,6 +143,36 @@ class MoE(nn.Module):
             BALANCERS.get(name).update(self.router, self.slot_counts, coefficient)
         self.slot_counts.zero_()
 
+    def _ask(
+        self,
+        router: Router,
+        features_TD: Tensor,
+        top_k: int | None,
+        context: RoutingContext,
+        x: Tensor,
+    ) -> Routing:
+        """What a router decides, the tokens that are masked out aside; leaves what it carries in the context."""
+        # Any module that gives a Routing will do in the router's place.
+        told = (context,) if getattr(router, "reads_context", False) else ()
+        routing: Routing = router(features_TD, top_k, *told)
+        context.carried = context.left = routing.carry
+        num_ffn = None if self.zero_computation is None else self.config.num_experts
+        routing = replace(routing, num_ffn=num_ffn, sequence_length=x.shape[-2] if x.ndim > 2 else None)
+        return routing if context.token_mask is None else routing.without(~context.token_mask.unsqueeze(1))
+
+    def _round(self, x_TD: Tensor, asked: Routing, factor: float) -> tuple[Tensor, Routing, Tensor]:
+        """``[T, D]``: the experts' weighted sum, without anything that every token gets; what was granted; the loss."""
+        routing = limit_capacity(asked, factor)
+        ffn = routing.first(self.config.num_experts)
+        if self.experts.__dict__.get("parallel") is None:
+            y_TD, counts_E = self.experts(x_TD, self._dispatch(ffn, factor)), None
+        else:
+            y_TD, counts_E = self._over_ranks(x_TD, asked, ffn)
+        beside_TD = None if self.zero_computation is None else self.zero_computation(x_TD, routing)
+        if beside_TD is not None:
+            y_TD = y_TD + beside_TD.to(y_TD.dtype)
+        return y_TD, routing.detach(), self._balance(asked, counts_E)
+
     def _dispatch(self, routing: Routing, capacity_factor: float) -> Dispatch:
         # PEFT puts a wrapper in the bank's place, which knows its parameters only.
         slots: ExpertSlots | None = getattr(self.experts, "slots", None)
@@ -123,14 +189,14 @@ class MoE(nn.Module):
         y_TD = forward_sharded(self.experts, x_TD, routing.expert_ids, routing.weights, asked_E)
         return y_TD, self.experts.parallel.asked_E
 
-    def _balance(self, asked: Routing, counts_E: Tensor | None) -> None:
+    def _balance(self, asked: Routing, counts_E: Tensor | None) -> Tensor:
         # Before capacity drops slots: a balancer must see what the router asked for, not what was granted.
         balancing = self.config.balancing
         if counts_E is None and balancing:
             counts_E = asked.counts()
-        self.aux_loss = balance_loss(asked, balancing, counts_E)
         if self.training and counts_E is not None and acts_after_step(balancing):
             self.slot_counts += counts_E
+        return balance_loss(asked, balancing, counts_E)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.config.d_model:
@@ -141,11 +207,11 @@ class MoE(nn.Module):
     def _mask(token_mask: Tensor, x: Tensor) -> Tensor:
         if token_mask.shape != x.shape[:-1]:
             raise ConfigError(f"token_mask has shape {list(token_mask.shape)}, but the tokens {list(x.shape[:-1])}")
-        return token_mask.reshape(-1, 1).bool()
+        return token_mask.reshape(-1).bool()
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last forward left hangs on its autograd graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "last_routing": None, "aux_loss": _no_loss()}
+        return {**self.__dict__, "last_routings": (), "aux_loss": _no_loss()}
 
 
 def _no_loss() -> Tensor:

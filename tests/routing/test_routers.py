@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ def spread(name: str, num_experts: int = 8, top_k: int = 3, **options: Any) -> R
     return router
 
 
-def test_every_registered_router_is_tested_here() -> None:
-    assert {name for name, _ in ALL} == set(moesaic.routing.available()) == set(ROUTERS.names())
+def test_every_registered_router_is_tested_here_or_in_its_own_file() -> None:
+    own = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert set(moesaic.routing.available()) == set(ROUTERS.names())
+    assert set(ROUTERS.names()) - {name for name, _ in ALL} - own == set()
 
 
 @pytest.mark.parametrize(("name", "options"), ALL, ids=str)
@@ -63,7 +66,7 @@ def test_top_k_of_one_call(name: str, options: dict[str, Any]) -> None:
     assert torch.equal(router(x, 1).expert_ids, router(x).expert_ids[:, :1])
 
 
-@pytest.mark.parametrize("name", moesaic.routing.available())
+@pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk"])
 @pytest.mark.parametrize("top_k", [0, -1, 9])
 def test_top_k_out_of_range(name: str, top_k: int) -> None:
     message = f"top_k is {top_k}: it must be at least 1 and at most num_experts = 8"
@@ -82,7 +85,7 @@ def test_normalized_weights_sum_to_one_and_to_the_scale() -> None:
 
 def test_weights_without_normalization_are_the_scores() -> None:
     x = torch.randn(20, 16)
-    for name in moesaic.routing.available():
+    for name in ("softmax_topk", "sigmoid_topk"):
         routing = spread(name, normalize=False)(x)
         assert torch.equal(routing.weights, routing.scores.gather(1, routing.expert_ids))
 

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Qwen3MoeConfig
 
 from moesaic.config import MoEConfig
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, did_you_mean
 
 # Sizes that MoEConfig does not check.
 _SIZES = (
@@ -21,6 +21,8 @@ _SIZES = (
     "decoder_sparse_step",
 )
 
+
+PRE_GATINGS = ["layer", "none", "stack"]
 
 # Qwen3-MoE's settings that have no effect here: router_options and balancing take their place.
 _REPLACED = ("norm_topk_prob", "router_aux_loss_coef")
@@ -35,6 +37,10 @@ class MoesaicConfig(Qwen3MoeConfig):
     ``expert_bias`` here. ``norm_topk_prob``, ``hidden_act`` of the experts and ``router_aux_loss_coef`` of Qwen3-MoE
     are replaced by ``router_options``, ``expert_activation`` and ``balancing``.
 
+    ``pre_gating`` says what the routers read: ``"none"`` the input of the experts, ``"layer"`` that of the decoder
+    layer, before its attention (SmallThinker), ``"stack"`` that of the first decoder layer with experts, by one router
+    whose routes all layers take (Read-ME).
+
     Raises:
         ConfigError: for a value out of range, or settings that do not go together.
     """
@@ -46,17 +52,25 @@ class MoesaicConfig(Qwen3MoeConfig):
 
     router: str = "softmax_topk"
     router_options: dict[str, Any] | None = None
-    balancing: dict[str, float] | None = None
+    balancing: dict[str, Any] | None = None
     capacity_factor: float = 0.0
     expert_activation: str = "swiglu"
     expert_bias: bool = False
     num_shared_experts: int = 0
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
+    zero_computation_experts: dict[str, int] | None = None
+    iterations: int = 1
+    expert_d_ffs: list[int] | None = None
+    communication_width: int | None = None
+    pre_gating: str = "none"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.router_options = self.router_options or {}
         self.balancing = self.balancing or {}
+        self.zero_computation_experts = self.zero_computation_experts or {}
+        if self.pre_gating not in PRE_GATINGS:
+            raise ConfigError(f"unknown pre_gating {self.pre_gating!r}: {did_you_mean(self.pre_gating, PRE_GATINGS)}")
         for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,8 +100,8 @@ class MoesaicConfig(Qwen3MoeConfig):
             d_ff=self.moe_intermediate_size,
             num_experts=self.num_experts,
             top_k=self.num_experts_per_tok,
-            router=self.router,
-            router_options=self.router_options or {},
+            router=self.router if self.pre_gating != "stack" else "given",
+            router_options=self.router_options or {} if self.pre_gating != "stack" else {},
             balancing=self.balancing or {},
             capacity_factor=self.capacity_factor,
             activation=self.expert_activation,
@@ -95,4 +109,8 @@ class MoesaicConfig(Qwen3MoeConfig):
             num_shared_experts=self.num_shared_experts,
             shared_d_ff=self.shared_intermediate_size,
             shared_gate=self.shared_gate,
+            zero_computation_experts=self.zero_computation_experts or {},
+            iterations=self.iterations,
+            expert_d_ffs=self.expert_d_ffs,
+            communication_width=self.communication_width,
         )

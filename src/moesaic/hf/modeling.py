@@ -23,9 +23,10 @@ from transformers.utils.generic import can_return_tuple
 
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ExpertBank
+from moesaic.experts.kinds import ExpertKind
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.layer import MoE, moe_layers
-from moesaic.routing import Router
+from moesaic.routing import RoutePath, Router
 
 # The constructors below skip their parents' (``super(Parent, self).__init__``): those would first build Qwen3-MoE's own
 # experts, most of the model's memory, only for us to throw them away.
@@ -36,6 +37,7 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
 
     def __init__(self, config: MoesaicConfig, layer_idx: int) -> None:
         super(Qwen3MoeDecoderLayer, self).__init__()
+        self.layer_idx, self.pre_gating = layer_idx, config.pre_gating
         self.hidden_size = config.hidden_size
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
         self.mlp: nn.Module  # type: ignore[assignment]
@@ -47,14 +49,25 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *, token_mask: Tensor | None = None, **attention: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        route_path: RoutePath | None = None,
+        **attention: Any,
     ) -> Tensor:
-        """Qwen3-MoE's, and ``token_mask`` (``[B, S]`` boolean, False for padding) goes to the MoE layer."""
+        """Qwen3-MoE's, and to the MoE layer go ``token_mask`` (``[B, S]`` boolean, False for padding) and, from
+        ``route_path``, what its router may know."""
+        path = route_path or RoutePath()
+        context = path.context(self.layer_idx, hidden_states if self.pre_gating == "layer" else None)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        masked = {"token_mask": token_mask} if isinstance(self.mlp, MoE) else {}
-        return hidden_states + self.mlp(normed, **masked)  # type: ignore[no-any-return]
+        if not isinstance(self.mlp, MoE):
+            return hidden_states + self.mlp(normed)  # type: ignore[no-any-return]
+        hidden_states = hidden_states + self.mlp(normed, token_mask=token_mask, context=context)
+        path.leave(self.layer_idx, context)
+        return hidden_states
 
 
 class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -68,7 +81,7 @@ class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, ExpertBank | Router):
+        if isinstance(module, ExpertBank | Router | ExpertKind):
             module.reset_parameters(std)
         elif isinstance(module, MoE):
             module.slot_counts.zero_()
@@ -88,6 +101,9 @@ class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):
         self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        routers = [router for layer in moe_layers(self) for router in layer.routers]
+        for router in routers[1:]:
+            router.follow(routers[0])
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
@@ -109,6 +125,7 @@ class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and inputs is not None:
             kwargs["token_mask"] = attention_mask[:, -inputs.shape[1] :].bool()
+        kwargs["route_path"] = RoutePath(input_ids)
         return super().forward(  # type: ignore[no-any-return]
             input_ids=input_ids,
             attention_mask=attention_mask,

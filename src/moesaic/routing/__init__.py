@@ -6,9 +6,10 @@ below is its one registration.
 
 from __future__ import annotations
 
-from moesaic.routing import sigmoid_topk, softmax_topk  # noqa: F401  (each registers its router)
+from moesaic.routing import given, sigmoid_topk, softmax_topk  # noqa: F401  (each registers its router)
 from moesaic.routing.balancing import BALANCERS, Balancer, acts_after_step, balance_loss, check_balancing
 from moesaic.routing.capacity import expert_capacity, limit_capacity
+from moesaic.routing.context import RoutePath, RoutingContext
 from moesaic.routing.router import ROUTERS, Router, create_router
 from moesaic.routing.routing import Routing
 
@@ -16,8 +17,10 @@ __all__ = [
     "BALANCERS",
     "ROUTERS",
     "Balancer",
+    "RoutePath",
     "Router",
     "Routing",
+    "RoutingContext",
     "acts_after_step",
     "available",
     "balance_loss",

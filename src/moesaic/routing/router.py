@@ -25,10 +25,22 @@ class Router(nn.Module, ABC):
     is one of its options (``MoEConfig(router_options={...})``), annotated as int, float, bool or str.
 
     ``has_selection_bias`` says that it has a float32 buffer ``selection_bias`` (``[E]``) which takes part in the
-    selection only: what the balancer ``bias_update`` moves.
+    selection only: what the balancer ``bias_update`` moves. With ``reads_context`` the layer calls ``forward(x_TD,
+    top_k, context)`` with its :class:`RoutingContext`. ``is_adaptive`` says that ``top_k`` is the most experts that a
+    token may take, and that it may take fewer. Where ``is_causal`` is False a token's experts depend on tokens after
+    it, so that text cannot be generated.
+
+    ``num_ffn`` is set by who builds it into a layer: the columns from this one on are zero-computation experts; None
+    where there are none. ``logit_shift`` is None, or a float32 ``[E]`` that is added to the logits (rerouting at test
+    time).
     """
 
     has_selection_bias: ClassVar[bool] = False
+    reads_context: ClassVar[bool] = False
+    is_adaptive: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = True
+    num_ffn: int | None = None
+    logit_shift: Tensor | None = None
 
     def __init__(self, d_model: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -50,10 +62,11 @@ class Router(nn.Module, ABC):
         The gate is computed in float32 whatever the model's precision: near-ties between experts decide who
         computes a token, and E columns cost next to nothing.
         """
-        device = x_TD.device.type
-        # The meta device knows no autocast; asking PyTorch whether it does would not compile on 2.11.
-        with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            return nn.functional.linear(x_TD.float(), self.weight.float())
+        logits_TE = float32_linear(x_TD, self.weight)
+        return logits_TE if self.logit_shift is None else logits_TE + self.logit_shift
+
+    def follow(self, first: Router) -> None:
+        """Share with the router of the model's first MoE layer what all layers have in common: nothing, by default."""
 
     def slots(self, top_k: int | None) -> int:
         """The number of slots for this call, checked against the number of experts."""
@@ -61,6 +74,18 @@ class Router(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast switched off."""
+    # The meta device knows no autocast; asking PyTorch whether it does would not compile on 2.11.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """``[T, E]`` float32, whatever the precision of both and of autocast."""
+    with full_precision(x_TD.device):
+        return nn.functional.linear(x_TD.float(), weight_ED.float())
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:

@@ -19,6 +19,12 @@ class Routing:
         scores: ``[T, E]`` float32, the router's whole distribution: what balancing losses and reports read.
         logits: ``[T, E]`` float32, the scores before their activation, where there are such (the z-loss needs them).
         dropped: int64 scalar, how many slots lost their expert to a capacity limit.
+        carry: ``[T, X]``, what the router of the next MoE layer may read, with its graph.
+        num_ffn: set by the layer: the columns from this one on are zero-computation experts; None where there are none.
+        sequence_length: set by the layer: tokens of one sequence follow each other in runs of this length; None where
+            that is not known.
+
+    With zero-computation experts E here counts them too: what a router chooses among.
     """
 
     expert_ids: Tensor
@@ -26,6 +32,9 @@ class Routing:
     scores: Tensor
     logits: Tensor | None = None
     dropped: Tensor | None = None
+    carry: Tensor | None = None
+    num_ffn: int | None = None
+    sequence_length: int | None = None
 
     @property
     def num_experts(self) -> int:
@@ -47,14 +56,26 @@ class Routing:
             weights=self.weights.masked_fill(null_TK, 0.0),
         )
 
+    def first(self, num_experts: int) -> Routing:
+        """The same routing over the first ``num_experts`` experts only: slots with any other become null."""
+        if num_experts == self.num_experts:
+            return self
+        return replace(
+            self,
+            expert_ids=self.expert_ids.clamp(max=num_experts),
+            weights=self.weights.masked_fill(self.expert_ids >= num_experts, 0.0),
+            scores=self.scores[:, :num_experts],
+            logits=None if self.logits is None else self.logits[:, :num_experts],
+        )
+
     def detach(self) -> Routing:
-        """The same routing, cut off from the autograd graph."""
-        return Routing(
-            self.expert_ids,
-            self.weights.detach(),
-            self.scores.detach(),
-            None if self.logits is None else self.logits.detach(),
-            self.dropped,
+        """The same routing, cut off from the autograd graph, without what it carries."""
+        return replace(
+            self,
+            weights=self.weights.detach(),
+            scores=self.scores.detach(),
+            logits=None if self.logits is None else self.logits.detach(),
+            carry=None,
         )
 
 

@@ -29,8 +29,11 @@ def check(recipe: Recipe) -> None:
     for whole, value, part, divisor in divides:
         if value % divisor:
             raise ConfigError(f"{whole} is {value}: {part} = {divisor} must divide it")
+    choices = ("model.num_experts", model.num_experts)
+    if model.zero_computation_experts:
+        choices = ("the number of experts of all kinds", choices[1] + sum(model.zero_computation_experts.values()))
     at_most = [
-        ("model.top_k", model.top_k, "model.num_experts", model.num_experts),
+        ("model.top_k", model.top_k, *choices),
         ("data.sequence_length", data.sequence_length, "model.max_length", model.max_length),
     ]
     for name, value, limit_name, limit in at_most:
@@ -91,6 +94,11 @@ def build_config(recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizer
         "num_shared_experts": m.num_shared_experts,
         "shared_intermediate_size": m.shared_d_ff,
         "shared_gate": m.shared_gate,
+        "zero_computation_experts": dict(m.zero_computation_experts),
+        "iterations": m.iterations,
+        "expert_d_ffs": m.expert_d_ffs,
+        "communication_width": m.communication_width,
+        "pre_gating": m.pre_gating,
         "mlp_only_layers": list(m.dense_layers),
         "intermediate_size": m.dense_d_ff or m.top_k * m.d_ff,
         "tie_word_embeddings": m.tie_embeddings,

@@ -32,11 +32,12 @@ class ModelSettings(Section):
     num_kv_heads: int = Field(2, ge=1, description="Heads of keys and values; must divide num_heads.")
     d_ff: int = Field(256, ge=1, description="Hidden width of one expert.")
     num_experts: int = Field(8, ge=1, description="Routed experts per layer.")
-    top_k: int = Field(2, ge=1, description="Experts per token; at most num_experts.")
+    top_k: int = Field(2, ge=1, description="Experts per token, or the most that an adaptive router takes.")
     router: str = Field("softmax_topk", description="A name of moesaic.routing.available().")
     router_options: dict[str, Option] = Field({}, description="That router's own options.")
-    balancing: dict[str, float] = Field(
-        {"load_balancing": 0.01}, description="Coefficient of each balancer: load_balancing, z_loss, bias_update."
+    balancing: dict[str, float | dict[str, Option]] = Field(
+        {"load_balancing": 0.01},
+        description="Balancer to coefficient, or to a table of its coefficient, schedule and options.",
     )
     capacity_factor: float = Field(
         0.0, description="0: dropless. Above 0: every expert takes this times its even share. Below 0: at most that."
@@ -46,6 +47,19 @@ class ModelSettings(Section):
     num_shared_experts: int = Field(0, ge=0, description="Experts that every token takes.")
     shared_d_ff: int | None = Field(None, ge=1, description="Hidden width of a shared expert; d_ff by default.")
     shared_gate: bool = Field(False, description="Gate the shared experts' sum by the token.")
+    zero_computation_experts: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="Kind (zero, copy, constant) to number of experts that cost nothing, beside num_experts."
+    )
+    iterations: int = Field(1, ge=1, description="How often a layer routes a token, each time by another router.")
+    expert_d_ffs: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="Hidden width of each expert, where they differ; in place of d_ff."
+    )
+    communication_width: int | None = Field(
+        None, ge=1, description="Width in which tokens travel to the experts and back; d_model by default."
+    )
+    pre_gating: Literal["none", "layer", "stack"] = Field(
+        "none", description="layer: routers read what enters the block. stack: one router, ahead of all layers."
+    )
     dense_layers: list[Annotated[int, Field(ge=0)]] = Field(
         [], description="Layers, counted from 0, with an ordinary feed-forward in place of experts."
     )
