@@ -24,6 +24,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "numbers": [1, 2, 5],
     },
     "no slot has an expert": {"null_share": 1.0},
+    "no slot has an expert, by choice": {"null_share": 1.0, "adaptive": True},
+    "numbers vary": {"null_share": 0.5, "adaptive": True, "numbers": [0, 0, 3]},
+    "experts that compute nothing": {"zero_computation": ["zero", "copy", "constant", "constant"]},
 }
 
 
@@ -43,26 +46,32 @@ def test_everything_is_finite_json(shape: dict[str, Any]) -> None:
 
 
 LAYER_KEYS = """
-number name experts top_k load load_by_domain token_share token_share_by_domain imbalance variation idle_experts
-empty_slots dropped_slots entropy entropy_by_domain entropy_source domain_information specialization domain_mix
-token_consistency top_tokens examples
+number label name experts top_k zero_computation load load_by_domain token_share token_share_by_domain imbalance
+variation idle_experts empty_slots dropped_slots entropy entropy_by_domain entropy_source domain_information
+specialization domain_mix token_consistency top_tokens examples experts_per_token
 """
 
 
 def test_the_documented_keys() -> None:
     report = analyze(made_up_trace())
-    assert set(report) == {"format", "model", "data", "layers", "transitions"}
+    assert set(report) == {"format", "model", "data", "experts_per_token", "layers", "transitions"}
     assert set(report["model"]) == {"name", "architecture", "num_layers", "total_parameters", "active_parameters"}
     assert set(report["data"]) == {"tokens", "domains"}
     assert set(report["transitions"][0]) == {"from", "to", "information", "counts", "probabilities"}
     layer = report["layers"][0]
     assert set(layer) == set(LAYER_KEYS.split())
+    spent = {"varies", "mean", "spread", "free", "by_kind"}
+    assert set(report["experts_per_token"]) == spent
+    assert set(layer["experts_per_token"]) == {*spent, "sparsity"}
+    assert set(layer["experts_per_token"]["sparsity"]) == {"token", "chunk"}
+    of_kind = {"tokens", "mean", "spread", "free"}
+    assert set(layer["experts_per_token"]["by_kind"]["word"]) == of_kind
     assert set(layer["token_consistency"]) == {"share", "chance", "tokens"}
     assert set(layer["top_tokens"][0][0]) == {"token", "text", "count", "lift"}
     example_keys = {"position", "domain", "document", "weight", "before", "text", "after"}
     assert set(layer["examples"][0][0]) == example_keys
     documented = f"{analysis.analyze.__doc__} {analysis._layer.__doc__}"
-    assert all(re.search(rf"\b{key}\b", documented) for key in [*report, *layer, *example_keys])
+    assert all(re.search(rf"\b{key}\b", documented) for key in [*report, *layer, *example_keys, *spent, *of_kind])
 
 
 @pytest.fixture(scope="module")

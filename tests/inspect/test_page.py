@@ -113,6 +113,24 @@ def test_the_page_says_which_entropy() -> None:
     assert "In layer 1 it is the entropy of the router's scores" in page_of(trace)
 
 
+def test_spending_is_shown_where_it_varies(data: dict[str, Any]) -> None:
+    assert data["spent"] is None
+    trace = made_up_trace(null_share=0.4, adaptive=True, zero_computation=["zero"], numbers=[1, 1, 2])
+    report, page = analyze(trace), page_of(trace)
+    (text,) = [text for attributes, text in Elements(page).of("script") if attributes.get("id") == "data"]
+    shown = json.loads(text)
+    spent, kinds = shown["spent"], report["experts_per_token"]["by_kind"]
+    assert [layer["label"] for layer in shown["layers"]] == ["1.1", "1.2", "2"]
+    assert spent["tokens"] == [of["tokens"] for of in kinds.values()]
+    assert len(spent["all"]) == len(spent["kinds"]) == 1 + len(trace.layers)
+    assert {len(of) for of in spent["kinds"]} == {len(spent["names"])} == {len(kinds)}
+    for layer, (mean, spread, free) in zip(report["layers"], spent["all"][1:], strict=True):
+        of = layer["experts_per_token"]
+        assert (mean, spread, free) == pytest.approx((of["mean"], of["spread"], of["free"]), abs=1e-4)
+    assert "of at most 1 to 2 a token" in page
+    assert "(and 1 that compute nothing)" in page
+
+
 def test_the_same_trace_gives_the_same_page(page: str, trace: RoutingTrace) -> None:
     assert page_of(trace) == page
 

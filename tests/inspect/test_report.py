@@ -40,6 +40,12 @@ def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "report").iterdir()} == FILES - {"preference.png", "transitions.png"}
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_spending_is_drawn_where_it_varies(tmp_path: Path, adaptive: bool) -> None:
+    write_report(made_up_trace(null_share=0.4, adaptive=adaptive, numbers=[0, 0, 2]), tmp_path / "report")
+    assert (tmp_path / "report" / "spending.png").is_file() == adaptive
+
+
 @pytest.mark.parametrize("domains", [["a", "b"], ["a", "b", "c"]])
 def test_pictures_of_any_shape(tmp_path: Path, domains: list[str]) -> None:
     write_report(

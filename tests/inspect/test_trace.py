@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from moesaic.inspect import LayerTrace, RoutingTrace
 
 @pytest.fixture
 def trace() -> RoutingTrace:
-    return made_up_trace(null_share=0.3)
+    return made_up_trace(null_share=0.3, zero_computation=["zero", "copy"])
 
 
 def test_a_saved_trace_comes_back(trace: RoutingTrace, tmp_path: Path) -> None:
@@ -33,6 +34,27 @@ def test_a_saved_trace_comes_back(trace: RoutingTrace, tmp_path: Path) -> None:
                 assert np.allclose(read, value, atol=1e-6)
             else:
                 assert read == value
+
+
+def test_a_trace_of_format_1_is_read(trace: RoutingTrace, tmp_path: Path) -> None:
+    path = trace.save(tmp_path / "trace.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    about = json.loads(arrays["about"].tobytes())
+    assert about["format"] == 2
+    about["format"] = 1
+    for layer in about["layers"]:
+        del layer["zero_computation"], layer["routing"]
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+    np.savez(path, **arrays)
+    for mine, old in zip(trace.layers, RoutingTrace.load(path).layers, strict=True):
+        assert (old.zero_computation, old.routing, old.label) == ([], 0, str(mine.number))
+        assert np.array_equal(old.expert_ids, mine.expert_ids)
+
+
+def test_several_routings_of_one_layer_have_labels() -> None:
+    trace = made_up_trace([(4, 1)] * 4, numbers=[0, 2, 2, 3])
+    assert [layer.label for layer in trace.layers] == ["0", "2.1", "2.2", "3"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "other", "newer"])

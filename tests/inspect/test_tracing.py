@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,11 @@ from transformers import (
 from moesaic import MoesaicConfig, MoesaicForCausalLM
 from moesaic.data import Document, train_tokenizer
 from moesaic.errors import ConfigError, DataError, UnsupportedError, UsageError
-from moesaic.inspect import RoutingTrace, collect
+from moesaic.inspect import RoutingTrace, analyze, collect
 from moesaic.inspect.tracing import entropy_from_logits, score_entropy, weight_entropy
 from moesaic.layer import MoE, moe_layers
+from moesaic.routing import ROUTERS, Routing
+from moesaic.routing.softmax_topk import SoftmaxTopK
 
 DOCUMENTS = [
     Document("code", "a.py", "def add(x, y):\n    return x + y\n" * 12),
@@ -183,6 +186,79 @@ def test_dropped_slots_are_empty_and_counted(tokenizer: PreTrainedTokenizerBase)
         empty = layer.expert_ids == EXPERTS
         assert layer.dropped == empty.sum() > 0
         assert (layer.weights[empty] == 0).all()
+
+
+class EveryOther(SoftmaxTopK):
+    """Tokens whose first feature is negative take one expert only; the second slot is null. One batch in two has no
+    second slot at all."""
+
+    calls = 0
+
+    def forward(self, x_TD: torch.Tensor, top_k: int | None = None) -> Routing:
+        routing = super().forward(x_TD, top_k)
+        null_TK = torch.zeros_like(routing.expert_ids, dtype=torch.bool)
+        null_TK[:, 1] = x_TD[:, 0] < 0
+        EveryOther.calls += 1
+        if EveryOther.calls % 2:
+            return routing.without(null_TK)
+        return replace(routing, expert_ids=routing.expert_ids[:, :1], weights=routing.weights[:, :1])
+
+
+@pytest.fixture
+def every_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS._parts, "every_other", EveryOther)
+
+
+@pytest.mark.usefixtures("every_other")
+def test_routers_with_null_slots(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = ours(router="every_other", num_hidden_layers=1)
+    seen: list[Routing] = []
+    (layer,) = moe_layers(model)
+    handle = layer.register_forward_hook(lambda layer, args, output: seen.append(layer.last_routing))
+    trace = collected(model, tokenizer)
+    handle.remove()
+    assert {routing.top_k for routing in seen} == {1, 2}
+    (traced,) = trace.layers
+    rows = [ids for routing in seen for ids in routing.expert_ids.tolist()]
+    assert [[e for e in ids if e < EXPERTS] for ids in traced.expert_ids.tolist()] == [
+        [e for e in ids if e < EXPERTS] for ids in rows
+    ]
+    assert (traced.weights[traced.expert_ids == EXPERTS] == 0).all()
+    report = analyze(trace)
+    mean = report["experts_per_token"]["mean"]
+    assert report["experts_per_token"]["varies"]
+    assert 1 < mean < 2
+    one_expert = 3 * 16 * 8
+    assert trace.model.total_parameters - trace.model.active_parameters == pytest.approx(
+        (EXPERTS - mean) * one_expert, abs=1
+    )
+
+
+def test_zero_computation_experts_are_told_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    trace = collected(ours(zero_computation_experts={"zero": 1, "copy": 2}), tokenizer)
+    for layer in trace.layers:
+        assert (layer.num_experts, layer.zero_computation) == (EXPERTS, ["zero", "copy", "copy"])
+        assert 0 < (layer.expert_ids >= EXPERTS).sum() < layer.expert_ids.size
+        assert layer.expert_ids.max() < EXPERTS + 3
+    spent = analyze(trace)["experts_per_token"]
+    assert spent["varies"]
+    assert spent["mean"] + spent["free"] == pytest.approx(TOP_K, abs=1e-4)
+
+
+def test_each_routing_of_an_iterated_layer_is_a_layer(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = ours(iterations=2, num_hidden_layers=2)
+    seen: list[tuple[Routing, ...]] = []
+    handle = moe_layers(model)[1].register_forward_hook(lambda layer, args, output: seen.append(layer.last_routings))
+    trace = collected(model, tokenizer)
+    handle.remove()
+    assert [layer.label for layer in trace.layers] == ["0.1", "0.2", "1.1", "1.2"]
+    for time, layer in enumerate(trace.layers[2:]):
+        assert layer.expert_ids.tolist() == [ids for both in seen for ids in both[time].expert_ids.tolist()]
+    pairs = ((trace.layers[i].expert_ids, trace.layers[i + 1].expert_ids) for i in (0, 2))
+    used = [len({*a, *b}) for first, second in pairs for a, b in zip(first, second, strict=True)]
+    idle = 2 * EXPERTS - sum(used) / trace.num_tokens
+    assert trace.model.total_parameters - trace.model.active_parameters == pytest.approx(idle * 3 * 16 * 8, abs=1)
+    assert [layer["label"] for layer in analyze(trace)["layers"]] == ["0.1", "0.2", "1.1", "1.2"]
 
 
 def test_parameters_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:

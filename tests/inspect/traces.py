@@ -33,12 +33,16 @@ def made_up_trace(
     tokens_per_passage: int = 40,
     passages_per_domain: int = 4,
     null_share: float = 0.0,
+    adaptive: bool = False,
+    zero_computation: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> RoutingTrace:
     """Tokens at random over ``PIECES``; layers of (experts, slots a token) whose choice hangs on token and domain.
 
-    ``null_share`` of the slots have no expert; ``numbers`` are the decoder layers of the MoE layers.
+    ``null_share`` of the slots have no expert: dropped, or by the router's own choice if it is ``adaptive``. Beside the
+    experts of a layer stand those of ``zero_computation``. ``numbers`` are the decoder layers of the MoE layers; where
+    one comes several times, the layer routes several times.
     """
     random = np.random.default_rng(seed)
     passages, ids = [], []
@@ -53,8 +57,10 @@ def made_up_trace(
     ends = lengths.cumsum(axis=1)
     token_ids = np.concatenate(ids).astype(np.int64)
     which = np.repeat([sorted(domains).index(p.domain) for p in passages], tokens_per_passage)
-    traced = []
-    for number, (num_experts, top_k) in zip(numbers or range(len(layers)), layers, strict=True):
+    traced: list[LayerTrace] = []
+    numbers = numbers or range(len(layers))
+    for number, (num_ffn, top_k) in zip(numbers, layers, strict=True):
+        num_experts = num_ffn + len(zero_computation)
         logits = random.normal(size=(len(token_ids), num_experts))
         logits += 1.5 * random.normal(size=(len(PIECES), num_experts))[token_ids]
         logits += random.normal(size=(len(domains), num_experts))[which]
@@ -67,12 +73,14 @@ def made_up_trace(
             LayerTrace(
                 name=f"model.layers.{number}.mlp",
                 number=number,
-                num_experts=num_experts,
+                num_experts=num_ffn,
                 expert_ids=np.where(null, num_experts, chosen).astype(np.int64),
                 weights=np.where(null, 0.0, weights),
                 entropy=entropy,
                 entropy_source="scores",
-                dropped=int(null.sum()),
+                dropped=0 if adaptive else int(null.sum()),
+                zero_computation=list(zero_computation),
+                routing=0 if list(numbers).count(number) == 1 else 1 + [layer.number for layer in traced].count(number),
             )
         )
     return RoutingTrace(

@@ -33,8 +33,8 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from moesaic.cli.output import print_json
-    from moesaic.inspect import inspect_folder
+    from moesaic.cli.output import print_json, print_table
+    from moesaic.inspect import inspect_folder, spending_table
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("tokens", total=None)
@@ -53,4 +53,7 @@ def command(
         return
     for finding in done.report["findings"]:
         print(f"{finding['title']}: {finding['text']}")
+    if done.report["experts_per_token"]["varies"]:
+        print()
+        print_table("Experts per token", *spending_table(done.report))
     print(f"\nwrote the report to {done.folder / 'index.html'}")

@@ -8,6 +8,7 @@ from moesaic.inspect.analysis import analyze
 from moesaic.inspect.folder import Inspection, inspect_folder
 from moesaic.inspect.passages import read_documents
 from moesaic.inspect.report import check_out, write_report
+from moesaic.inspect.spending import spending_table
 from moesaic.inspect.trace import LayerTrace, ModelFacts, Passage, RoutingTrace
 from moesaic.inspect.tracing import collect
 
@@ -22,5 +23,6 @@ __all__ = [
     "collect",
     "inspect_folder",
     "read_documents",
+    "spending_table",
     "write_report",
 ]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.inspect import metrics
+from moesaic.inspect import metrics, spending
 from moesaic.inspect.examples import context, pick_examples
+from moesaic.inspect.kinds import token_kinds
 from moesaic.inspect.trace import FloatArray, LayerTrace, RoutingTrace
 
 FORMAT = 1
@@ -24,15 +25,23 @@ def analyze(trace: RoutingTrace) -> dict[str, Any]:
         format: 1.
         model: name, architecture, num_layers, total_parameters, active_parameters.
         data: tokens, and domains: a list of {name, tokens, passages}.
+        experts_per_token: where the model spends: varies (whether tokens take different numbers of experts), mean,
+            spread and free of the experts of a token and layer, and by_kind: {kind of token
+            (:data:`moesaic.inspect.kinds.KINDS`): tokens, mean, spread, free} (:mod:`moesaic.inspect.spending`).
         layers: a list, see :func:`_layer`.
         transitions: a list, one between each MoE layer and the next one, of {from, to (decoder layer numbers),
             information, counts [E][E'] (token slots), probabilities [E][E']}.
     """
+    kinds_N = token_kinds(trace)
     return {
         "format": FORMAT,
         "model": asdict(trace.model),
         "data": {"tokens": trace.num_tokens, "domains": _domains(trace)},
-        "layers": [_layer(trace, layer) for layer in trace.layers],
+        "experts_per_token": nested(spending.of_all(trace, kinds_N)),
+        "layers": [
+            {**_layer(trace, layer), "experts_per_token": nested(spending.of_layer(trace, layer, kinds_N))}
+            for layer in trace.layers
+        ],
         "transitions": [
             _transition(layer, following) for layer, following in zip(trace.layers, trace.layers[1:], strict=False)
         ],
@@ -51,11 +60,15 @@ def _layer(trace: RoutingTrace, layer: LayerTrace) -> dict[str, Any]:
     """Of one MoE layer with E experts and K slots per token; lists ``[E]`` are indexed by expert.
 
     Keys:
-        number (of the decoder layer, from 0), name, experts (E), top_k (K).
+        number (of the decoder layer, from 0), label (the same as text; "3.2" for the second routing of layer 3, where
+            a layer routes several times), name, experts (E), top_k (K), zero_computation (the kinds of experts that
+            compute nothing, which count as no expert here).
         load: [E], share of the layer's slots; load_by_domain: {domain: [E]}, of that domain's slots.
         token_share: [E], share of tokens that the expert takes part in; token_share_by_domain: {domain: [E]}.
         imbalance, variation: of the load. idle_experts: ids of experts without a slot.
-        empty_slots: slots without an expert; dropped_slots: those of them that a capacity limit took away.
+        empty_slots: slots without an expert that computes; dropped_slots: those of them that a capacity limit took
+            away. experts_per_token: as of the whole, and sparsity: {token, chunk}
+            (:func:`moesaic.inspect.spending.token_sparsity`, :func:`moesaic.inspect.spending.chunk_sparsity`).
         entropy, entropy_by_domain, entropy_source ("scores" or "weights").
         domain_information; specialization [E]; domain_mix {domain: [E]}.
         token_consistency: {share, chance, tokens}.
@@ -72,9 +85,11 @@ def _layer(trace: RoutingTrace, layer: LayerTrace) -> dict[str, Any]:
     examples = pick_examples(trace, layer, tops, EXAMPLES)
     return {
         "number": layer.number,
+        "label": layer.label,
         "name": layer.name,
         "experts": layer.num_experts,
         "top_k": layer.top_k,
+        "zero_computation": layer.zero_computation,
         "load": rounded(load_E),
         "load_by_domain": {name: rounded(load_DE[d]) for d, name in enumerate(domains)},
         "token_share": rounded(counts_DE.sum(axis=0) / trace.num_tokens),
@@ -133,3 +148,11 @@ def _transition(layer: LayerTrace, following: LayerTrace) -> dict[str, Any]:
 def rounded(values: FloatArray | float) -> Any:
     """The same number, or nested lists of them, with so many decimals that the file stays small."""
     return np.round(np.asarray(values, dtype=np.float64), DECIMALS).tolist()
+
+
+def nested(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The same with every number in it rounded; flags and whole numbers as they are."""
+    return {
+        key: nested(value) if isinstance(value, dict) else value if isinstance(value, bool | int) else rounded(value)
+        for key, value in numbers.items()
+    }

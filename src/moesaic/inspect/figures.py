@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moesaic.inspect.kinds import KINDS
+
 DPI = 150
 # Okabe and Ito's palette, which the colour-blind can tell apart; dashes where there are more domains than colours.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -18,8 +20,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 def write_figures(report: dict[str, Any], folder: Path) -> list[str]:
     """Write the figures of a report of :func:`moesaic.inspect.analyze` into ``folder``; returns the file names.
 
-    load.png, layers.png, and where there is something to show, preference.png (several domains) and
-    transitions.png (several MoE layers).
+    load.png, layers.png, and where there is something to show, preference.png (several domains), spending.png (tokens
+    take different numbers of experts) and transitions.png (several MoE layers).
 
     Raises:
         OSError: where the disk does not allow it.
@@ -27,6 +29,8 @@ def write_figures(report: dict[str, Any], folder: Path) -> list[str]:
     figures = {"load.png": _load(report), "layers.png": _layers(report)}
     if len(_domains(report)) > 1:
         figures["preference.png"] = _preference(report)
+    if report["experts_per_token"]["varies"]:
+        figures["spending.png"] = _spending(report)
     if report["transitions"]:
         figures["transitions.png"] = _transitions(report)
     for name, figure in figures.items():
@@ -56,7 +60,7 @@ def _heat_maps(
     report: dict[str, Any], panels: dict[str, np.ma.MaskedArray[Any, Any]], unit: str, **colors: Any
 ) -> Figure:
     """Panels of layers and experts, one under the other, on one scale."""
-    numbers = [layer["number"] for layer in report["layers"]]
+    numbers = [layer["label"] for layer in report["layers"]]
     step = max(1, len(numbers) // 12)
     figure = _figure(7, 0.6 + len(panels) * (0.8 + 0.16 * min(40, len(numbers))))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -64,7 +68,7 @@ def _heat_maps(
         picture = one.imshow(table, aspect="auto", interpolation="nearest", **colors)
         one.set_title(title, loc="left")
         one.set(xlabel="expert", ylabel="layer")
-        one.set_yticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
+        one.set_yticks(range(0, len(numbers), step), numbers[::step])
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(picture, ax=list(axes), label=unit)
     return figure
@@ -96,10 +100,38 @@ def _preference(report: dict[str, Any]) -> Figure:
     return _heat_maps(report, panels, "above even", cmap="RdBu", vmin=even - 1, vmax=1 - even)
 
 
+def _positions(report: dict[str, Any]) -> list[float]:
+    """Where a layer is on an axis of layers: the routings of one layer in equal steps up to the next layer."""
+    numbers = [layer["number"] for layer in report["layers"]]
+    seen = [numbers[:i].count(number) for i, number in enumerate(numbers)]
+    return [number + before / numbers.count(number) for number, before in zip(numbers, seen, strict=True)]
+
+
+def _spending(report: dict[str, Any]) -> Figure:
+    """Experts per token by kind, mean and standard deviation over all layers; and by layer."""
+    spent = report["experts_per_token"]
+    kinds = sorted(spent["by_kind"].items(), key=lambda item: item[1]["mean"])
+    figure = _figure(8, 1.2 + 0.3 * len(kinds))
+    by_kind, by_layer = figure.subplots(1, 2, width_ratios=[3, 2])
+    means, spreads = ([of[key] for _, of in kinds] for key in ("mean", "spread"))
+    by_kind.barh([KINDS[kind] for kind, _ in kinds], means, xerr=spreads, color=COLORS[0], error_kw={"linewidth": 1})
+    by_kind.axvline(spent["mean"], color="gray", linestyle=":")
+    by_kind.set(title="experts per token, by its kind")
+    by_kind.set_xlim(left=0)
+    of_layers = [layer["experts_per_token"] for layer in report["layers"]]
+    by_layer.errorbar(
+        _positions(report), [of["mean"] for of in of_layers], [of["spread"] for of in of_layers], marker=".", capsize=2
+    )
+    by_layer.set(title="by layer", xlabel="layer")
+    by_layer.set_ylim(bottom=0)
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
 def _layers(report: dict[str, Any]) -> Figure:
     """Entropy, imbalance, domain information and token consistency by layer."""
     layers, names = report["layers"], _domains(report)
-    x = [layer["number"] for layer in layers]
+    x = _positions(report)
     figure = _figure(8, 5)
     ((entropy, imbalance), (information, consistency)) = figure.subplots(2, 2)
     for d, name in enumerate(names):

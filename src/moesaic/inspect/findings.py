@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from moesaic.inspect.kinds import KINDS
 
 SMALL = 0.25
 """Of an even share: an expert with less load than this says little, whatever its few tokens are."""
 CLEAR = 0.05
 """Two shares that differ by less are called neither different nor more and less."""
+MANY_TOKENS = 16
+"""A kind of token that occurs less often says little."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ def find(report: dict[str, Any]) -> list[Finding]:
     Every number in them is a number of the report, rounded.
     """
     candidates = [
+        spending_finding(report),
         _domains(report),
         _meaning(report),
         _context(report),
@@ -37,6 +43,46 @@ def find(report: dict[str, Any]) -> list[Finding]:
         _paths(report),
     ]
     return [finding for finding in candidates if finding]
+
+
+def spending_finding(report: dict[str, Any]) -> Finding | None:
+    """Where a router whose number of experts varies spends most: by kind of token, and by layer."""
+    spent = report["experts_per_token"]
+    if not spent["varies"]:
+        return None
+    text = f"A token takes {spent['mean']:.1f} ± {spent['spread']:.1f} experts a layer"
+    text += f" and {spent['free']:.1f} that compute nothing. " if spent["free"] else ". "
+    extremes = most_and_least(spent, report["data"]["tokens"])
+    if extremes:
+        (most, much), (least, little) = extremes
+        text += f"The model spends most on {KINDS[most]} ({much:.1f}) and least on {KINDS[least]} ({little:.1f})."
+    else:
+        text += "It spends alike on every kind of token."
+    layers = sorted(report["layers"], key=lambda layer: layer["experts_per_token"]["mean"])
+    few, many = (layer["experts_per_token"]["mean"] for layer in (layers[0], layers[-1]))
+    if many - few >= CLEAR * max(1, many):
+        text += (
+            f" Of the layers, number {layers[-1]['label']} spends most ({many:.1f}) and number {layers[0]['label']} "
+            f"least ({few:.1f})."
+        )
+    return Finding("Where it spends", text)
+
+
+def most_and_least(spent: dict[str, Any], num_tokens: int) -> tuple[tuple[str, float], tuple[str, float]] | None:
+    """(kind, mean) of the kinds that most and fewest experts are spent on; None where they do not clearly differ.
+
+    Kinds with less than a hundredth of the tokens, or less than 16, are passed over. The difference must be ``CLEAR``
+    of the mean, and twice its standard error.
+    """
+    kinds = {kind: of for kind, of in spent["by_kind"].items() if of["tokens"] >= max(MANY_TOKENS, 0.01 * num_tokens)}
+    if len(kinds) < 2:
+        return None
+    ranked = sorted(kinds, key=lambda kind: kinds[kind]["mean"])
+    low, high = kinds[ranked[0]], kinds[ranked[-1]]
+    error = math.sqrt(sum(of["spread"] ** 2 / of["tokens"] for of in (low, high)))
+    if high["mean"] - low["mean"] < max(CLEAR * spent["mean"], 2 * error):
+        return None
+    return (ranked[-1], high["mean"]), (ranked[0], low["mean"])
 
 
 def _domains(report: dict[str, Any]) -> Finding | None:
@@ -57,7 +103,7 @@ def _domains(report: dict[str, Any]) -> Finding | None:
     shares = layer["token_share_by_domain"]
     return Finding(
         "A taste for one domain",
-        f"Expert {expert} in layer {layer['number']} takes {percent(shares[high][expert])} of the {high} tokens and "
+        f"Expert {expert} in layer {layer['label']} takes {percent(shares[high][expert])} of the {high} tokens and "
         f"{percent(shares[low][expert])} of {low}.",
         position,
         expert,
@@ -84,7 +130,7 @@ def _meaning(report: dict[str, Any]) -> Finding | None:
     names = ", ".join(visible(top["text"]) for top in _distinct(layer["top_tokens"][expert]))
     return Finding(
         "A specialist for a few tokens",
-        f"{percent(share)} of what expert {expert} in layer {layer['number']} reads is {names}.",
+        f"{percent(share)} of what expert {expert} in layer {layer['label']} reads is {names}.",
         position,
         expert,
     )
@@ -105,13 +151,13 @@ def _context(report: dict[str, Any]) -> Finding | None:
         return None
     share, chance = most["token_consistency"]["share"], most["token_consistency"]["chance"]
     text = (
-        f"In layer {most['number']}, a common token goes to its usual expert {percent(share)} of the time, by chance "
+        f"In layer {most['label']}, a common token goes to its usual expert {percent(share)} of the time, by chance "
         f"{percent(chance)}"
     )
     if _beyond_chance(most) - _beyond_chance(least) >= CLEAR:
         share, chance = least["token_consistency"]["share"], least["token_consistency"]["chance"]
         text += (
-            f"; in layer {least['number']}, where the token alone counts for less, {percent(share)}, by chance "
+            f"; in layer {least['label']}, where the token alone counts for less, {percent(share)}, by chance "
             f"{percent(chance)}"
         )
     return Finding("Token or context", text + ".")
@@ -132,7 +178,7 @@ def _balance(report: dict[str, Any]) -> Finding:
     idle_text = f"{idle} of {total} experts got no token at all." if idle else f"None of the {total} experts is idle."
     return Finding(
         "Balance",
-        f"The busiest expert, number {expert} in layer {layer['number']}, does {layer['imbalance']:.1f} times an even "
+        f"The busiest expert, number {expert} in layer {layer['label']}, does {layer['imbalance']:.1f} times an even "
         f"share. {idle_text}",
         worst,
         expert,
@@ -151,8 +197,8 @@ def _certainty(report: dict[str, Any]) -> Finding | None:
         return None
     return Finding(
         "Certainty",
-        f"The router is surest in layer {surest['number']}: {percent(surest['entropy'])} of the largest "
-        f"entropy{of_what}. It is least sure in layer {least['number']}, with {percent(least['entropy'])}.",
+        f"The router is surest in layer {surest['label']}: {percent(surest['entropy'])} of the largest "
+        f"entropy{of_what}. It is least sure in layer {least['label']}, with {percent(least['entropy'])}.",
     )
 
 
@@ -175,8 +221,8 @@ def _paths(report: dict[str, Any]) -> Finding | None:
     source, target = report["layers"][position : position + 2]
     return Finding(
         "A beaten path",
-        f"{percent(rate)} of the tokens of expert {i} in layer {source['number']} go on to expert {j} in layer "
-        f"{target['number']}; of all tokens it is {percent(chance)}.",
+        f"{percent(rate)} of the tokens of expert {i} in layer {source['label']} go on to expert {j} in layer "
+        f"{target['label']}; of all tokens it is {percent(chance)}.",
         position + 1,
         j,
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.inspect.findings import Finding
+from moesaic.inspect.findings import Finding, most_and_least
+from moesaic.inspect.kinds import KINDS
 from moesaic.inspect.trace import Passage, RoutingTrace
 
 # What a page may hold, so that it stays under about 2 MB for the largest models: shared out over their experts.
@@ -20,7 +21,7 @@ _TOKEN_ENTRIES = 24_000
 _LINK_ENTRIES = 32_000
 _TEXT_CELLS = 300_000
 """Tokens times layers."""
-_SCRIPTS = ("dom.js", "map.js", "charts.js", "flow.js", "text.js", "start.js")
+_SCRIPTS = ("dom.js", "map.js", "charts.js", "spending.js", "flow.js", "text.js", "start.js")
 
 
 def render_page(trace: RoutingTrace, report: dict[str, Any], findings: Sequence[Finding]) -> str:
@@ -31,6 +32,7 @@ def render_page(trace: RoutingTrace, report: dict[str, Any], findings: Sequence[
         "facts": _facts(report),
         "findings": "\n".join(_finding(finding) for finding in findings),
         "entropy": _entropy_note(report),
+        "spending": html.escape(_spending_note(report)),
         "style": (files / "page.css").read_text(encoding="utf-8"),
         "script": "\n".join((files / name).read_text(encoding="utf-8") for name in _SCRIPTS),
         "data": _script_safe(page_data(trace, report)),
@@ -50,6 +52,11 @@ def _facts(report: dict[str, Any]) -> str:
     model, data, layers = report["model"], report["data"], report["layers"]
     sparse = f"{len(layers)} of {model['num_layers']}" if len(layers) != model["num_layers"] else f"all {len(layers)}"
     experts, top_k = _range(layer["experts"] for layer in layers), _range(layer["top_k"] for layer in layers)
+    spent = report["experts_per_token"]
+    if spent["varies"]:
+        top_k = f"{spent['mean']:.1f} of at most {top_k}"
+    if free := [len(layer["zero_computation"]) for layer in layers if layer["zero_computation"]]:
+        experts += f" (and {_range(free)} that compute nothing)"
     total, active = _short(model["total_parameters"]), _short(model["active_parameters"])
     facts = {
         "Architecture": model["architecture"],
@@ -81,7 +88,7 @@ def _finding(finding: Finding) -> str:
 
 
 def _entropy_note(report: dict[str, Any]) -> str:
-    known = [str(layer["number"]) for layer in report["layers"] if layer["entropy_source"] == "scores"]
+    known = [layer["label"] for layer in report["layers"] if layer["entropy_source"] == "scores"]
     full = "of the router's scores of all experts, divided by the logarithm of their number"
     chosen = (
         "of the weights of the chosen experts only, divided by the logarithm of their number, "
@@ -95,6 +102,21 @@ def _entropy_note(report: dict[str, Any]) -> str:
     return f"In {where} it is the entropy {full}; in the others, {chosen}."
 
 
+def _spending_note(report: dict[str, Any]) -> str:
+    """What one sees in the chart of kinds."""
+    spent = report["experts_per_token"]
+    if not spent["varies"]:
+        return ""
+    extremes = most_and_least(spent, report["data"]["tokens"])
+    if extremes is None:
+        return (
+            "No kind of token gets clearly more experts than another: the choice hangs on other things than the kind."
+        )
+    (most, much), (least, little) = extremes
+    times = f", {much / little:.1f} times as many as on {KINDS[least]}" if little else f", and none on {KINDS[least]}"
+    return f"Over all layers, the model spends most on {KINDS[most]}{times}."
+
+
 def page_data(trace: RoutingTrace, report: dict[str, Any]) -> dict[str, Any]:
     """What the page's scripts draw from; lists by domain begin with the whole where they have one entry more."""
     domains = [domain["name"] for domain in report["data"]["domains"]]
@@ -104,6 +126,7 @@ def page_data(trace: RoutingTrace, report: dict[str, Any]) -> dict[str, Any]:
         "domains": domains,
         "tokens": trace.num_tokens,
         "layers": [_layer(layer, domains, positions, experts) for layer in report["layers"]],
+        "spent": _spent(report),
         "links": [_links(transition["counts"], experts) for transition in report["transitions"]],
         "passages": passages,
         "top": [_packed(layer.top_expert[list(positions)], layer.num_experts) for layer in trace.layers],
@@ -112,11 +135,13 @@ def page_data(trace: RoutingTrace, report: dict[str, Any]) -> dict[str, Any]:
 
 def _layer(layer: dict[str, Any], domains: list[str], positions: dict[int, int], experts: int) -> dict[str, Any]:
     entries = max(2, _TOKEN_ENTRIES // experts)
-    consistency = layer["token_consistency"]
+    consistency, spent = layer["token_consistency"], layer["experts_per_token"]
     return {
         "number": layer["number"],
+        "label": layer["label"],
         "experts": layer["experts"],
-        "topK": layer["top_k"],
+        "even": (spent["mean"] if spent["varies"] else layer["top_k"]) / layer["experts"],
+        "sparsity": [layer["experts_per_token"]["sparsity"][of] for of in ("token", "chunk")],
         "share": [_short_list(layer["token_share"]), *_by_domain(layer["token_share_by_domain"], domains)],
         "mix": _by_domain(layer["domain_mix"], domains),
         "specialization": _short_list(layer["specialization"]),
@@ -133,6 +158,28 @@ def _layer(layer: dict[str, Any], domains: list[str], positions: dict[int, int],
             for of_expert in layer["examples"]
         ],
     }
+
+
+def _spent(report: dict[str, Any]) -> dict[str, Any] | None:
+    """Mean, spread and zero-computation experts, of the whole and then of each layer: of all tokens, and of each kind.
+
+    None where every token takes equally many experts.
+    """
+    whole = report["experts_per_token"]
+    if not whole["varies"]:
+        return None
+    kinds = list(whole["by_kind"])
+    tables = [whole, *(layer["experts_per_token"] for layer in report["layers"])]
+    return {
+        "names": [KINDS[kind] for kind in kinds],
+        "tokens": [whole["by_kind"][kind]["tokens"] for kind in kinds],
+        "all": [_three(table) for table in tables],
+        "kinds": [[_three(table["by_kind"][kind]) for kind in kinds] for table in tables],
+    }
+
+
+def _three(numbers: dict[str, Any]) -> list[float]:
+    return _short_list([numbers["mean"], numbers["spread"], numbers["free"]])
 
 
 def _by_domain(values: dict[str, list[float]], domains: list[str]) -> list[list[float]]:

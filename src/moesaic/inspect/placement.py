@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from moesaic.hf.load import load_config, model_folder
 from moesaic.hf.placement import MoEBlock, moe_blocks, permute_experts
 from moesaic.hf.save import check_new
 from moesaic.inspect.report import TRACE
-from moesaic.inspect.trace import RoutingTrace
+from moesaic.inspect.trace import LayerTrace, RoutingTrace
 from moesaic.parallel.placement.place import (
     MAX_IMBALANCE,
     LayerRouting,
@@ -170,10 +171,13 @@ def _list(numbers: dict[int, int]) -> str:
 
 
 def _routing(trace: RoutingTrace, tokens: npt.NDArray[np.bool_], groups: Sequence[int]) -> list[LayerRouting]:
-    layers = sorted(trace.layers, key=lambda layer: layer.number)
+    """Where a layer routes several times in one forward, the slots of all times count as one."""
+    layers: defaultdict[int, list[LayerTrace]] = defaultdict(list)
+    for layer in trace.layers:
+        layers[layer.number].append(layer)
     return [
-        LayerRouting(layer.expert_ids[tokens], layer.num_experts, own)
-        for layer, own in zip(layers, groups, strict=True)
+        LayerRouting(np.concatenate([time.expert_ids[tokens] for time in times], axis=1), times[0].num_experts, own)
+        for (_, times), own in zip(sorted(layers.items()), groups, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ import os
 import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from moesaic.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, 2)
+"""Format 1 knows no zero-computation experts and no passes."""
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -56,12 +58,15 @@ class LayerTrace:
 
     Args:
         name: the module's path in the model. number: the decoder layer that it is in, from 0.
-        expert_ids: ``[N, K]`` int64; a slot that has no expert (dropped, masked) carries ``num_experts``.
+        expert_ids: ``[N, K]`` int64; below ``num_experts`` an expert that computes, from there on those of
+            ``zero_computation``, and the id after them in a slot that has no expert (null, dropped, masked).
         weights: ``[N, K]`` float64, the factor of each expert's output.
         entropy: ``[N]`` float64 from 0 (certain) to 1 (undecided); see ``entropy_source``.
         entropy_source: ``"scores"``: of the router's scores of all E experts, normalized by log E; ``"weights"``: of
             the K chosen weights only, normalized by log K (the router keeps its scores to itself).
         dropped: slots that lost their expert to a capacity limit.
+        zero_computation: the kind of each expert that computes nothing (zero, copy, constant).
+        routing: where the layer routes several times in one forward, which time this is, from 1; else 0.
     """
 
     name: str
@@ -72,17 +77,25 @@ class LayerTrace:
     entropy: FloatArray
     entropy_source: str
     dropped: int = 0
+    zero_computation: list[str] = field(default_factory=list)
+    routing: int = 0
 
     @property
     def top_k(self) -> int:
         return int(self.expert_ids.shape[1])
 
     @property
+    def label(self) -> str:
+        """What a reader calls it: the number of the decoder layer, ``3``, or ``3.2`` for its second routing."""
+        return f"{self.number}.{self.routing}" if self.routing else str(self.number)
+
+    @property
     def top_expert(self) -> IntArray:
-        """``[N]``: the expert with the largest weight; ``num_experts`` where a token has none."""
+        """``[N]``: the expert with the largest weight; ``num_experts`` where a token has none that computes."""
         real = np.where(self.expert_ids < self.num_experts, self.weights, -np.inf)
         best = real.argmax(axis=1)[:, None]
-        return np.take_along_axis(self.expert_ids, best, axis=1)[:, 0]
+        found: IntArray = np.take_along_axis(self.expert_ids, best, axis=1)[:, 0]
+        return np.minimum(found, self.num_experts)
 
 
 @dataclass
@@ -155,7 +168,7 @@ class RoutingTrace:
 
     def _about(self) -> dict[str, Any]:
         """Everything that is not an array; an ``.npz`` file needs no pickle that way."""
-        keys = ("name", "number", "num_experts", "entropy_source", "dropped")
+        keys = ("name", "number", "num_experts", "entropy_source", "dropped", "zero_computation", "routing")
         return {
             "format": FORMAT,
             "model": asdict(self.model),
@@ -174,8 +187,9 @@ class RoutingTrace:
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(file["about"].tobytes())
-                if about["format"] != FORMAT:
-                    raise DataError(f"{str(path)!r} is a routing trace of format {about['format']}; allowed: {FORMAT}")
+                if about["format"] not in _READ:
+                    allowed = " and ".join(map(str, _READ))
+                    raise DataError(f"{str(path)!r} is a routing trace of format {about['format']}; allowed: {allowed}")
                 layers = [
                     LayerTrace(
                         **layer,

@@ -20,6 +20,7 @@ from moesaic.hf import is_experts_module
 from moesaic.inspect.passages import cut_passages, vocabulary_of
 from moesaic.inspect.trace import LayerTrace, ModelFacts, Passage, RoutingTrace
 from moesaic.layer import MoE
+from moesaic.routing import Routing
 
 DEFAULT_TOKENS = 16384
 DEFAULT_SEQUENCE_LENGTH = 256
@@ -92,11 +93,15 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
 
 @dataclass
 class _Record:
-    """What was seen of one layer so far, a piece for each forward; on the CPU."""
+    """What was seen of one layer so far, a piece for each forward; on the CPU.
+
+    A layer that routes several times in one forward has a record for each time, ``routing`` from 1 on.
+    """
 
     name: str
     module: nn.Module
     num_experts: int
+    routing: int = 0
     expert_ids: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     entropies: list[Tensor] = field(default_factory=list)
@@ -106,8 +111,25 @@ class _Record:
     def add(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
         if expert_ids_TK.ndim != 2 or expert_ids_TK.is_floating_point():
             raise UnsupportedError(f"{self.name} ({type(self.module).__name__}) is not told which experts tokens take")
-        self.expert_ids.append(expert_ids_TK.detach().cpu().long().clamp(max=self.num_experts))
+        null = self.num_experts + len(self.zero_computation)
+        self.expert_ids.append(expert_ids_TK.detach().cpu().long().clamp(max=null))
         self.weights.append(weights_TK.detach().cpu().double())
+
+    def add_routing(self, routing: Routing) -> None:
+        """A forward of our own layer, which tells everything."""
+        self.add(routing.expert_ids, routing.weights)
+        self.entropies.append(score_entropy(routing.scores.detach().cpu().double()))
+        self.sources.add("scores")
+        if routing.dropped is not None:
+            self.dropped += int(routing.dropped)
+
+    @property
+    def zero_computation(self) -> list[str]:
+        """The kind of each expert that follows the ``num_experts`` that compute."""
+        if not isinstance(self.module, MoE):
+            return []
+        kinds = self.module.config.zero_computation_experts
+        return [kind for kind, number in kinds.items() for _ in range(number)]
 
     def finish(self, num_tokens: int, logits_TE: Tensor | None) -> None:
         """After a forward: check that all ``num_tokens`` so far were routed once, and complete their entropy."""
@@ -128,15 +150,18 @@ class _Record:
             self.sources = {"weights"}
             self.entropies = [weight_entropy(weights) for weights in self.weights]
         number = re.search(r"\.(\d+)(\.|$)", self.name)
+        null = self.num_experts + len(self.zero_computation)
         return LayerTrace(
             name=self.name,
             number=int(number[1]) if number else position,
             num_experts=self.num_experts,
-            expert_ids=torch.cat(self.expert_ids).numpy(),
-            weights=torch.cat(self.weights).numpy(),
+            expert_ids=_joined(self.expert_ids, null).numpy(),
+            weights=_joined(self.weights, 0).numpy(),
             entropy=torch.cat(self.entropies).numpy(),
             entropy_source=next(iter(self.sources)),
             dropped=self.dropped,
+            zero_computation=self.zero_computation,
+            routing=self.routing,
         )
 
 
@@ -144,7 +169,9 @@ def _watched_modules(model: nn.Module) -> list[_Record]:
     records = []
     for name, module in model.named_modules():
         if isinstance(module, MoE):
-            records.append(_Record(name, module, module.config.num_experts))
+            times = module.config.iterations
+            turns = range(1, times + 1) if times > 1 else [0]
+            records += [_Record(name, module, module.config.num_experts, turn) for turn in turns]
         elif is_experts_module(module):
             records.append(_Record(name, module, _num_experts(module)))
     if not records:
@@ -153,6 +180,12 @@ def _watched_modules(model: nn.Module) -> list[_Record]:
             "experts of transformers' experts interface (a dense model has no routing to inspect)"
         )
     return records
+
+
+def _joined(pieces: list[Tensor], nothing: float) -> Tensor:
+    """All forwards' rows; where some gave fewer slots a token, ``nothing`` stands in those that they lack."""
+    width = max(piece.shape[1] for piece in pieces)
+    return torch.cat([nn.functional.pad(piece, (0, width - piece.shape[1]), value=nothing) for piece in pieces])
 
 
 def _num_experts(module: nn.Module) -> int:
@@ -179,13 +212,7 @@ def _watching(records: list[_Record]) -> Iterator[list[_Record]]:
 
 def _after_moe(record: _Record) -> Callable[..., None]:
     def hook(layer: MoE, args: Any, output: Any) -> None:
-        routing = layer.last_routing
-        assert routing is not None  # the forward that has just ended set it
-        record.add(routing.expert_ids, routing.weights)
-        record.entropies.append(score_entropy(routing.scores.detach().cpu().double()))
-        record.sources.add("scores")
-        if routing.dropped is not None:
-            record.dropped += int(routing.dropped)
+        record.add_routing(layer.last_routings[max(0, record.routing - 1)])
 
     return hook
 
@@ -254,9 +281,19 @@ def shares(values_TK: Tensor) -> Tensor:
 def _facts(model: PreTrainedModel, name: str, records: list[_Record]) -> ModelFacts:
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0.0
-    for record in records:
-        experts = record.module.experts if isinstance(record.module, MoE) else record.module
-        used = record.expert_ids[0].shape[1] / record.num_experts
-        idle += sum(parameter.numel() for parameter in experts.parameters()) * (1 - min(1.0, used))
+    for module in {record.module: None for record in records}:
+        experts = module.experts if isinstance(module, MoE) else module
+        used = _used_share([record for record in records if record.module is module])
+        idle += sum(parameter.numel() for parameter in experts.parameters()) * (1 - used)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(records)
     return ModelFacts(name, type(model).__name__, int(layers), total, round(total - idle))
+
+
+def _used_share(records: list[_Record]) -> float:
+    """The share of a layer's experts that a token takes in any of its routings, in the mean over the tokens."""
+    num_experts = records[0].num_experts
+    used_NE = torch.zeros(sum(map(len, records[0].expert_ids)), num_experts + 1, dtype=torch.bool)
+    for record in records:
+        ids_NK = _joined(record.expert_ids, num_experts).long().clamp(max=num_experts)
+        used_NE.scatter_(1, ids_NK, True)
+    return float(used_NE[:, :num_experts].double().mean())

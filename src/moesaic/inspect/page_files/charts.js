@@ -14,13 +14,13 @@ function lineChart(title, subtitle, series, dashed, range, format) {
     }).join("");
   };
   const body = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title} by layer: ` +
-    series.map((s) => `${s.name} ${s.values.map((v, i) => v === null ? "" : `layer ${data.layers[i].number} ${format(v)}`).join(", ")}`).join("; ") });
+    series.map((s) => `${s.name} ${s.values.map((v, i) => v === null ? "" : `layer ${data.layers[i].label} ${format(v)}`).join(", ")}`).join("; ") });
   for (const v of range) {
     body.append(svg("line", { class: "axis", x1: left, x2: W - right, y1: y(v), y2: y(v) }),
       svg("text", { x: left - 5, y: y(v) + 4, "text-anchor": "end" }, format(v)));
   }
   for (const i of n > 1 ? [0, n - 1] : [0])
-    body.append(svg("text", { x: x(i), y: H - 4, "text-anchor": "middle" }, String(data.layers[i].number)));
+    body.append(svg("text", { x: x(i), y: H - 4, "text-anchor": "middle" }, data.layers[i].label));
   if (n > 1) body.append(svg("text", { x: (x(0) + x(n - 1)) / 2, y: H - 4, "text-anchor": "middle" }, "layer"));
   if (dashed) body.append(svg("path", { class: "dash", d: path(dashed) }));
   const ends = [];
@@ -29,7 +29,7 @@ function lineChart(title, subtitle, series, dashed, range, format) {
     s.values.forEach((v, i) => {
       if (v === null) return;
       const dot = svg("circle", { cx: x(i), cy: y(v), r: n > 24 ? 1.5 : 3, fill: s.color });
-      dot.tip = () => `${title}, layer ${data.layers[i].number}${s.name ? ", " + s.name : ""}: ${format(v)}`;
+      dot.tip = () => `${title}, layer ${data.layers[i].label}${s.name ? ", " + s.name : ""}: ${format(v)}`;
       body.append(dot);
     });
     const last = s.values[n - 1];
@@ -56,6 +56,16 @@ function buildLayers() {
   const domains = many ? data.domains.map((name, d) => ({ name, values: of((layer) => layer.entropy[d + 1]), color: domainColor(d) }))
     : one((layer) => layer.entropy[0]);
   figures.push(lineChart("Router entropy", ["0 certain, 1 undecided ", ...(many ? keys() : [])], domains, null, [0, 1], number));
+  if (data.spent) {
+    const taken = data.spent.all.slice(1).map(([mean]) => mean);
+    figures.push(lineChart("Experts per token", "in the mean over all tokens",
+      [{ name: "", values: taken, color: "var(--accent)" }], null, [0, Math.max(1, Math.ceil(Math.max(...taken)))], (v) => v.toFixed(1)));
+    figures.push(lineChart("Sparsity", ["experts not taken ", el("span", { class: "key", style: "--c: var(--accent)" }, "by a token"),
+      el("span", { class: "key", style: "--c: var(--mid)" }, "by eight in a row")],
+      [{ name: "by a token", values: of((layer) => layer.sparsity[0]), color: "var(--accent)" },
+        { name: "by eight tokens in a row", values: of((layer) => layer.sparsity[1]), color: "var(--mid)" }],
+      null, [0, 1], (v) => Math.round(100 * v) + "%"));
+  }
   const busiest = of((layer) => layer.imbalance);
   figures.push(lineChart("Load imbalance", "the busiest expert, in even shares",
     one((layer) => layer.imbalance), busiest.map(() => 1), [0, Math.max(2, Math.ceil(Math.max(...busiest)))], (v) => v.toFixed(1)));
@@ -74,7 +84,7 @@ function buildDifferences() {
   const shown = found.slice(0, 10), top = Math.max(...shown.map((one) => one.high));
   const place = (share) => `${((100 * share) / top).toFixed(2)}%`;
   const rows = shown.map(({ l, e, layer, shares, low, high }) => [
-    el("button", { class: "link", onclick: () => choose(l, e, true) }, `layer ${layer.number} · expert ${e}`),
+    el("button", { class: "link", onclick: () => choose(l, e, true) }, `layer ${layer.label} · expert ${e}`),
     el("div", { class: "rail", role: "img", "aria-label": shares.map((s, d) => `${data.domains[d]} ${percent(s)}`).join(", ") },
       el("span", { class: "even", style: `left: ${place(even(layer))}` }),
       el("span", { class: "rod", style: `left: ${place(low)}; width: ${place(high - low)}` }),

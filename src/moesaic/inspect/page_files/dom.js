@@ -49,7 +49,7 @@ const expertColor = (layer, expert) => {
   const { domain, strength } = preference(layer, expert);
   return preferenceColor(domain, strength);
 };
-const even = (layer) => layer.topK / layer.experts;
+const even = (layer) => layer.even;
 const many = data.domains.length > 1;
 
 // One tip for everything that has a `tip` function.

@@ -5,8 +5,8 @@ function buildFlow() {
   if (!data.links.length) { byId("flow-section").remove(); return; }
   const from = byId("flow-from"), to = byId("flow-to");
   data.layers.forEach((layer, l) => {
-    from.append(el("option", { value: l }, String(layer.number)));
-    to.append(el("option", { value: l }, String(layer.number)));
+    from.append(el("option", { value: l }, layer.label));
+    to.append(el("option", { value: l }, layer.label));
   });
   from.lastChild.remove();
   to.firstChild.remove();
@@ -61,7 +61,7 @@ function flowPicture(a, b) {
     picture.append(band.node);
   }
   for (let l = a; l <= b; l++) {
-    picture.append(svg("text", { x: x(l) + width / 2, y: -8, "text-anchor": "middle" }, `layer ${data.layers[l].number}`));
+    picture.append(svg("text", { x: x(l) + width / 2, y: -8, "text-anchor": "middle" }, `layer ${data.layers[l].label}`));
     stacks[l].forEach((node, e) => picture.append(flowNode(l, e, node, x(l), width, picture, bands)));
   }
   return picture;
@@ -91,7 +91,7 @@ function bandsBetween(l, source, target) {
 }
 
 function bandText({ l, i, j, rate, lift }) {
-  const here = data.layers[l].number, there = data.layers[l + 1].number;
+  const here = data.layers[l].label, there = data.layers[l + 1].label;
   return `${percent(rate)} of the tokens of expert ${i} (layer ${here}) go on to expert ${j} (layer ${there}): ${lift.toFixed(1)} times chance`;
 }
 
@@ -101,11 +101,11 @@ function flowNode(l, e, node, x, width, picture, bands) {
     picture.classList.add("has-focus");
     for (const band of bands) band.node.classList.toggle("on", (band.l === l && band.i === e) || (band.l === l - 1 && band.j === e));
     const next = bands.filter((band) => band.l === l && band.i === e).sort((p, q) => q.rate - p.rate).slice(0, 2);
-    byId("flow-readout").replaceChildren(el("b", {}, `Layer ${layer.number}, expert ${e}: ${percent(layer.share[0][e])} of the tokens. `),
+    byId("flow-readout").replaceChildren(el("b", {}, `Layer ${layer.label}, expert ${e}: ${percent(layer.share[0][e])} of the tokens. `),
       next.map(bandText).join("; "));
   };
   const group = svg("g", {
-    class: "node", tabindex: 0, role: "button", "aria-label": `layer ${layer.number}, expert ${e}`,
+    class: "node", tabindex: 0, role: "button", "aria-label": `layer ${layer.label}, expert ${e}`,
     onpointerenter: focus, onfocus: focus, onclick: () => choose(l, e, true),
     onpointerleave: () => picture.classList.remove("has-focus"), onblur: () => picture.classList.remove("has-focus"),
     onkeydown: (event) => { if (event.key === "Enter") choose(l, e, true); },

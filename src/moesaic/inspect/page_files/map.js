@@ -6,7 +6,7 @@ const NUMBERED = 20; // experts; with more of them a cell has no room for a numb
 function describe(layer, expert) {
   const shares = layer.share.map((of, i) => `${i ? data.domains[i - 1] : "all"} ${percent(of[expert])}`);
   if (!many) shares.length = 1;
-  return `Layer ${layer.number}, expert ${expert}\nshare of tokens: ${shares.join(", ")}\n` +
+  return `Layer ${layer.label}, expert ${expert}\nshare of tokens: ${shares.join(", ")}\n` +
     `an even share: ${percent(even(layer))}`;
 }
 
@@ -33,7 +33,7 @@ function buildMap() {
       return cell;
     }));
     const blank = columns - layer.experts;
-    grid.append(el("div", { role: "row" }, el("span", { class: "name", role: "rowheader" }, `layer ${layer.number}`),
+    grid.append(el("div", { role: "row" }, el("span", { class: "name", role: "rowheader" }, `layer ${layer.label}`),
       cells[l], blank ? el("span", { style: `grid-column: span ${blank}` }) : null));
   });
   grid.onkeydown = walk;
@@ -117,7 +117,7 @@ function choose(l, e, scroll) {
 function buildCard() {
   const l = state.layer, e = state.expert, layer = data.layers[l];
   byId("card").replaceChildren(
-    el("h2", {}, `Layer ${layer.number} · Expert ${e}`),
+    el("h2", {}, `Layer ${layer.label} · Expert ${e}`),
     shareBars(layer, e),
     ...block("Tokens that set it apart", layer.tops[e].length ? el("div", { class: "tokens" },
       layer.tops[e].map(([text, count, lift]) =>

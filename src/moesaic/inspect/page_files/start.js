@@ -7,6 +7,7 @@ choose(told ? Number(told.dataset.layer) : 0, told ? Number(told.dataset.expert)
 for (const button of document.querySelectorAll("[data-expert]"))
   button.onclick = () => choose(Number(button.dataset.layer), Number(button.dataset.expert), true);
 buildLayers();
+buildSpending();
 buildDifferences();
 buildFlow();
 buildText();

@@ -75,7 +75,7 @@ function buildChips() {
 
 function paintText() {
   const passage = data.passages[reading.passage], best = topExperts(reading.layer);
-  byId("text-layer-name").textContent = data.layers[reading.layer].number;
+  byId("text-layer-name").textContent = data.layers[reading.layer].label;
   spans.forEach((span, i) => {
     const e = best[passage.start + i];
     const off = reading.alone !== null && reading.alone !== e;
@@ -93,7 +93,7 @@ function pointAt(i) {
   const passage = data.passages[reading.passage];
   const way = data.layers.map((layer, l) => {
     const e = topExperts(l)[passage.start + i];
-    return el("span", { class: "tone", style: tone(l, e) }, el("small", {}, `${layer.number}: `), e < layer.experts ? String(e) : "none");
+    return el("span", { class: "tone", style: tone(l, e) }, el("small", {}, `${layer.label}: `), e < layer.experts ? String(e) : "none");
   });
   byId("token-readout").replaceChildren(el("b", {}, visible(passage.pieces[i])), " layer: expert ", el("span", { class: "way" }, way));
 }
