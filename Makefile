@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUN := .venv/bin/python
 export TORCH
 
-.PHONY: setup demo test test-slow sanitize lint docs clean
+.PHONY: setup demo routing-study test test-slow sanitize lint docs clean
 
 setup:
 	@$(PYTHON) scripts/make_venv.py
@@ -17,6 +17,10 @@ demo: setup
 	$(RUN) -m moesaic eval runs/demo
 	$(RUN) -m moesaic generate runs/demo --prompt "def "
 	$(RUN) -m moesaic inspect runs/demo
+
+# Every recipe of recipes/routing with three seeds, then docs/routing.md; may be interrupted, and goes on then.
+routing-study: setup
+	$(RUN) benchmarks/routing.py
 
 # One thread a process: the processes already fill the cores, and results stay the same from machine to machine.
 test test-slow: export OMP_NUM_THREADS = 1

@@ -1,0 +1,147 @@
+"""The page: a table, a picture, and for each recipe a sentence that its figures must bear out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, median, stdev
+
+from moesaic.bench.report import markdown
+from moesaic.bench.study.entries import CLAIMS, Entry
+from moesaic.bench.study.figures import Comparison, Figures, Noise, judge, minus, together
+from moesaic.bench.study.speed import ratio
+
+BEGIN, END = "<!-- results: made by benchmarks/routing.py -->\n", "<!-- end of results -->\n"
+HEADER = (
+    *("recipe", "loss, code", "loss, prose", "at equal compute", "active, M", "experts", "free", "training", "forward"),
+    *("imbalance", "domain", "shows?"),
+)
+_NOT_SAID = "*No sentence has been written on these figures.*"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Entries and their figures, by name, in the order of the page; entries without a run are left out."""
+
+    entries: Mapping[str, Entry]
+    rows: Mapping[str, Figures]
+
+    def comparison(self, name: str) -> Comparison | None:
+        """The recipe beside the one that it is compared with; None where either has no figures, or too few."""
+        against = self.entries[name].against
+        if against not in self.rows or len(self.rows[against].loss) != len(self.rows[name].loss):
+            return None
+        return Comparison(self.rows[name], self.rows[against], self.rows, self.noise)
+
+    @cached_property
+    def noise(self) -> Noise:
+        """Of the losses, from all recipes that are compared with another one."""
+        pairs = [
+            (name, entry.against) for name, entry in self.entries.items() if {name, entry.against} <= set(self.rows)
+        ]
+        losses = [(self.rows[ours].loss, self.rows[theirs].loss) for ours, theirs in pairs]
+        return Noise.of([minus(ours, theirs) for ours, theirs in losses if len(ours) == len(theirs)])
+
+    def verdicts(self, name: str) -> dict[str, str]:
+        """Claim to verdict; none for what claims nothing."""
+        comparison = self.comparison(name)
+        return judge(self.entries[name], comparison) if comparison else {}
+
+
+def contradictions(study: Study) -> list[str]:
+    """Sentences that are missing, or say something else than the figures; one line each."""
+    found = []
+    for name in study.rows:
+        entry, verdicts = study.entries[name], study.verdicts(name)
+        if not entry.sentence:
+            found.append(f"{name}: no sentence has been written; the figures say {_claims(verdicts)}")
+        elif verdicts and entry.verdict != together(verdicts):
+            said = f"the sentence says {entry.verdict!r}"
+            found.append(f"{name}: {said}, the figures {together(verdicts)!r} ({_claims(verdicts)})")
+    return found
+
+
+def section(study: Study, picture: str) -> str:
+    """The measured part of the page in Markdown, picture and all."""
+    table = markdown(HEADER, [_line(study, name) for name in study.rows])
+    said = "\n".join(_said(study, name) for name in study.rows)
+    return f"\n{table}\n![Loss against compute, and differences]({picture})\n\n{said}\n"
+
+
+def replaced(text: str, made: str) -> str:
+    """The page with its measured part made anew."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}{made}{END}{rest.split(END)[1]}"
+
+
+def fields(study: Study, name: str) -> dict[str, str]:
+    """What a sentence may name in braces.
+
+    loss, code, prose (one for each domain), experts, zero, active (M), imbalance, specialization: means over the seeds.
+    difference (of the losses, to what it is compared with), at_equal_compute: means ± margins. saved: share of the
+    active parameters. training, forward: ratios of the speeds. Each of the means has one with ``their_`` before it.
+    """
+    found = _means(study.rows[name])
+    comparison = study.comparison(name)
+    if comparison is None:
+        return found
+    found |= {f"their_{key}": value for key, value in _means(comparison.theirs).items()}
+    found["difference"] = str(comparison.loss)
+    found["at_equal_compute"] = str(comparison.at_equal_compute)
+    found["saved"] = f"{1 - comparison.active:.0%}".replace("-", "−")
+    for kind in ("training", "forward"):
+        ours, theirs = getattr(comparison.ours, kind), getattr(comparison.theirs, kind)
+        found[kind] = f"{ratio(ours, theirs)[0]:.2f}" if ours and theirs else "?"
+    return found
+
+
+def _means(row: Figures) -> dict[str, str]:
+    return {
+        **{name: f"{fmean(values):.3f}" for name, values in row.domains.items()},
+        "loss": f"{fmean(row.loss):.3f}",
+        "experts": f"{fmean(row.experts):.2f}",
+        "zero": f"{fmean(row.zero):.2f}",
+        "active": f"{fmean(row.active) / 1e6:.2f}",
+        "imbalance": f"{fmean(row.imbalance):.2f}",
+        "specialization": f"{fmean(row.specialization):.3f}",
+    }
+
+
+def _line(study: Study, name: str) -> tuple[str, ...]:
+    row, entry, comparison = study.rows[name], study.entries[name], study.comparison(name)
+    verdicts = study.verdicts(name)
+    return (
+        f"[{entry.title}](#{name})",
+        *(spread(values) for values in row.domains.values()),
+        str(comparison.at_equal_compute) if comparison else "",
+        f"{fmean(row.active) / 1e6:.2f}",
+        spread(row.experts, 2),
+        spread(row.zero, 2) if any(row.zero) else "",
+        *(f"{median(rates):,.0f}" if rates else "" for rates in (row.training, row.forward)),
+        spread(row.imbalance, 2),
+        spread(row.specialization),
+        together(verdicts) if verdicts else "",
+    )
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard deviation; the mean alone where that is 0 or unknown."""
+    deviation = f"{stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}" + (f" ± {deviation}" if deviation.strip("0.") else "")
+
+
+def _said(study: Study, name: str) -> str:
+    entry, verdicts = study.entries[name], study.verdicts(name)
+    fits = entry.sentence and (not verdicts or entry.verdict == together(verdicts))
+    told = entry.sentence.format(**fields(study, name)) if fits else _NOT_SAID
+    claim = f" Claimed: {' and '.join(CLAIMS[claim] for claim in entry.claims)}." if entry.claims else ""
+    beside = f" Beside `{entry.against}`, {entry.held}." if entry.claims else ""
+    paper = f"*{entry.paper}*. " if entry.paper else ""
+    result = f" **{_claims(verdicts)}.**" if verdicts else ""
+    return f"### `{name}` {{ #{name} }}\n\n{entry.title}. {paper}{claim.strip()}{beside}{result}\n\n{told}\n"
+
+
+def _claims(verdicts: Mapping[str, str]) -> str:
+    words = {"yes": "shows", "no": "does not show", "unclear": "is within the noise"}
+    return "; ".join(f"{claim} {words[verdict]}" for claim, verdict in verdicts.items()) or "nothing"
