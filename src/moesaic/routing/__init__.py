@@ -6,10 +6,27 @@ below is its one registration.
 
 from __future__ import annotations
 
-from moesaic.routing import given, sigmoid_topk, softmax_topk  # noqa: F401  (each registers its router)
-from moesaic.routing.balancing import BALANCERS, Balancer, acts_after_step, balance_loss, check_balancing
+from moesaic.routing import (  # noqa: F401  (each registers its router)
+    cosine,
+    expert_choice,
+    gating_residual,
+    given,
+    hash,
+    locality,
+    noisy_topk,
+    null_experts,
+    recurrent,
+    relu,
+    sigmoid_topk,
+    softmax_topk,
+    top_p,
+    tsallis,
+)
+from moesaic.routing.balancing import BALANCERS, Balancer, balance_loss, check_balancing
 from moesaic.routing.capacity import expert_capacity, limit_capacity
 from moesaic.routing.context import RoutePath, RoutingContext
+from moesaic.routing.locality import chunk_sparsity, token_sparsity
+from moesaic.routing.layer_balancing import LayerBalancing, counting
 from moesaic.routing.router import ROUTERS, Router, create_router
 from moesaic.routing.routing import Routing
 
@@ -17,17 +34,20 @@ __all__ = [
     "BALANCERS",
     "ROUTERS",
     "Balancer",
+    "LayerBalancing",
     "RoutePath",
     "Router",
     "Routing",
     "RoutingContext",
-    "acts_after_step",
     "available",
     "balance_loss",
     "check_balancing",
+    "counting",
+    "chunk_sparsity",
     "create_router",
     "expert_capacity",
     "limit_capacity",
+    "token_sparsity",
 ]
 
 
