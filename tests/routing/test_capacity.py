@@ -12,6 +12,7 @@ from tests import reference
 
 from moesaic.errors import ConfigError
 from moesaic.routing import Routing, expert_capacity, limit_capacity
+from moesaic.routing.capacity import ffn_factor
 
 
 def routing_of(ids: list[list[int]], num_experts: int) -> Routing:
@@ -88,6 +89,43 @@ def test_agrees_with_serving_one_slot_after_the_other(case: tuple[list[list[int]
     assert int(limited.dropped) == dropped
     capacity = math.ceil(abs(factor) * len(rows) * routing.top_k / experts)
     assert limited.counts().tolist() == [min(n, capacity) for n in routing.counts().tolist()]
+
+
+class TestHeterogeneous:
+    """MoE++, equation 8: γ·τ·T / (τ·N_FFN + N_ZC) rows for a feed-forward expert, γ·T / (...) for another."""
+
+    @pytest.mark.parametrize("factor", [1.0, 0.7, -1.1])
+    @pytest.mark.parametrize("tau", [0.1, 0.5, 0.75, 1.0, 2.0])
+    def test_is_the_papers(self, tau: float, factor: float) -> None:
+        tokens, top_k, num_ffn, others = 29, 3, 4, 3
+        torch.manual_seed(0)
+        ids = torch.rand(tokens, num_ffn + others).topk(top_k).indices
+        routing = routing_of(ids.tolist(), num_ffn + others)
+        routing.num_ffn = num_ffn
+        limited = limit_capacity(routing, factor, tau)
+
+        share = abs(factor) * tokens * top_k / (tau * num_ffn + others)
+        room = [math.ceil(share * (tau if e < num_ffn else 1)) for e in range(num_ffn + others)]
+        wanted, dropped = ids.tolist(), 0
+        for k in range(top_k):
+            for row in wanted:
+                room[row[k]] -= 1
+                if room[row[k]] < 0:
+                    row[k], dropped = num_ffn + others, dropped + 1
+        assert limited.expert_ids.tolist() == wanted
+        assert limited.dropped is not None and int(limited.dropped) == dropped
+        capacity = expert_capacity(tokens, top_k, num_ffn, ffn_factor(factor, num_ffn, others, tau))
+        assert int(limited.counts()[:num_ffn].max()) <= capacity == math.ceil(share * tau)
+
+    def test_a_small_tau_leaves_room_for_those_that_cost_nothing(self) -> None:
+        routing = routing_of([[e] for e in [0, 1, 2, 3] * 6], 4)
+        routing.num_ffn = 2
+        assert limit_capacity(routing, 1.0, 0.5).counts().tolist() == [4, 4, 6, 6]
+
+    def test_without_others_tau_changes_nothing(self) -> None:
+        assert ffn_factor(0.1, 3, 0, 0.5) == 0.1
+        routing = routing_of([[0], [0], [1], [0]], 2)
+        assert limit_capacity(routing, 1.0, 0.5).expert_ids.tolist() == limit_capacity(routing, 1.0).expert_ids.tolist()
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])

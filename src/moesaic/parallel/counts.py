@@ -60,7 +60,8 @@ class Told:
     """What all ranks have told each other.
 
     Attributes:
-        counts_WE: slots as they will be computed. asked_WE: before capacity dropped any.
+        counts_WE: slots as they will be computed. asked_WE: before capacity dropped any; of more columns than E where
+            the router may choose others beside these experts.
         rows_WB, tokens_W: see :class:`Workload`.
         grad: whether a backward pass will follow.
         timed: number of the latest decision that all ranks have timed, or 0.
@@ -82,7 +83,8 @@ class Message:
     """What this rank has to tell.
 
     Attributes:
-        counts_E, asked_E, rows_B: int64; asked_E is None where no capacity drops slots.
+        counts_E, asked_E, rows_B: int64; asked_E is None where no capacity drops slots and there are no columns beside
+            these experts.
         grad: whether a backward pass will follow. learns: whether it gives gradients of the experts.
         layer, wish, state: numbers that must be the same on all ranks: of the layer and its sizes, of what the user
             wishes for, and of what decisions depend on.
@@ -106,9 +108,9 @@ class Message:
     backward_start: int = 0
 
 
-def message_words(layout: ExpertLayout, *, asked: bool = False) -> int:
-    """Words of 32 bits that a message takes; ``asked``: with slots before capacity."""
-    return _WORDS + layout.num_experts * (2 if asked else 1) + layout.blocks
+def message_words(layout: ExpertLayout, *, asked: int = 0) -> int:
+    """Words of 32 bits that a message takes; ``asked``: columns of the slots before capacity."""
+    return _WORDS + layout.num_experts + layout.blocks + asked
 
 
 def message_bytes(layout: ExpertLayout) -> int:
@@ -133,8 +135,8 @@ def tell(message: Message, layout: ExpertLayout, topology: Topology, name: str) 
     if (told[:, :_AGREED] != told[0, :_AGREED]).any():
         raise ParallelError(_disagreement(header_W, topology, name))
     counts_WE, rows_WB = (told[:, _WORDS:][:, part] for part in (slice(experts), slice(experts, experts + blocks)))
-    asked_WE = counts_WE if asked_E is None else told[:, _WORDS + experts + blocks :][:, :experts]
-    if asked_E is not None and topology.letter.fit(message_words(layout, asked=True)):
+    asked_WE = counts_WE if asked_E is None else told[:, _WORDS + experts + blocks :][:, : len(asked_E)]
+    if asked_E is not None and topology.letter.fit(message_words(layout, asked=len(asked_E))):
         asked_WE = _all_told(asked_E.int(), topology)  # this once: from now on there is room for it
     timed_W = header_W["timed"]
     same = bool((timed_W == timed_W[0]).all())
@@ -167,7 +169,7 @@ def _packed(message: Message, words: int) -> Tensor:
     beside = {
         **{word: getattr(message, word) for word in _HEADER.names or () if word not in ("grad", "asked")},
         "grad": message.grad + 2 * message.learns,
-        "asked": message.asked_E is not None,
+        "asked": 0 if message.asked_E is None else len(message.asked_E),
     }
     header = np.array([tuple(beside[word] for word in _HEADER.names or ())], dtype=_HEADER)
     own = message.counts_E.new_zeros(words, dtype=torch.int32)

@@ -26,7 +26,18 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
     return math.ceil(min(abs(factor) * num_tokens * top_k / num_experts, num_tokens * top_k))
 
 
-def limit_capacity(routing: Routing, factor: float) -> Routing:
+def ffn_factor(factor: float, num_ffn: int, num_zero_computation: int, tau: float = 1.0) -> float:
+    """What to give ``expert_capacity(T, K, num_ffn, ...)`` for a feed-forward expert that has others beside it.
+
+    Its capacity is |factor| · T · K · τ / (τ·E + Z) rows, and a zero-computation expert's is 1 / τ times as many (MoE++,
+    section 3.3, equation 8, which has no K: there a factor of 1 is room for one choice of every token, here for all).
+    """
+    if not num_zero_computation:
+        return factor
+    return factor * tau * num_ffn / (tau * num_ffn + num_zero_computation)
+
+
+def limit_capacity(routing: Routing, factor: float, tau: float = 1.0) -> Routing:
     """Make the slots beyond an expert's capacity null, and count them in ``dropped``.
 
     First choices go before second ones, and earlier tokens before later ones (GShard, algorithm 1). The weights of a
@@ -35,13 +46,20 @@ def limit_capacity(routing: Routing, factor: float) -> Routing:
     Args:
         routing: for T tokens, K slots, E experts; slots that are null already take no capacity.
         factor: ``> 0`` and ``< 0`` limit alike here; only the former also pads (see ``Dispatch.from_routing``).
+        tau: where ``routing.num_ffn`` says that there are zero-computation experts, the capacity of a feed-forward
+            expert divided by theirs.
     """
     if factor == 0:
         return routing
     num_tokens, top_k = routing.expert_ids.shape
-    capacity = expert_capacity(num_tokens, top_k, routing.num_experts, factor)
-    real_TK = routing.expert_ids < routing.num_experts
-    over_TK = (position_in_expert(routing.expert_ids, routing.counts()) >= capacity) & real_TK
+    num_ffn = routing.num_experts if routing.num_ffn is None else routing.num_ffn
+    place_TK = position_in_expert(routing.expert_ids, routing.counts())
+    own = ffn_factor(factor, num_ffn, routing.num_experts - num_ffn, tau)
+    over_TK = place_TK >= expert_capacity(num_tokens, top_k, num_ffn, own)
+    if num_ffn < routing.num_experts:
+        theirs = place_TK >= expert_capacity(num_tokens, top_k, num_ffn, own / tau)
+        over_TK = torch.where(routing.expert_ids < num_ffn, over_TK, theirs)
+    over_TK &= routing.expert_ids < routing.num_experts
     return replace(routing.without(over_TK), dropped=over_TK.sum())
 
 
