@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesaic.experts import ExpertBank, use_backend
     from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, QuantizationConfig, freeze, quantize
     from moesaic.hf.parallelize import parallelize
+    from moesaic.hf.reroute import reroute
     from moesaic.layer import MoE, update_balancing
     from moesaic.parallel.setting import use_strategy
     from moesaic.routing import Routing
@@ -42,6 +43,7 @@ _HOMES: dict[str, str | None] = {
     "parallel": None,
     "parallelize": "moesaic.hf.parallelize",
     "quantize": "moesaic.hf",
+    "reroute": "moesaic.hf.reroute",
     "routing": None,
     "serve": None,
     "update_balancing": "moesaic.layer",
@@ -67,6 +69,7 @@ __all__ = [
     "parallel",
     "parallelize",
     "quantize",
+    "reroute",
     "routing",
     "serve",
     "update_balancing",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from moesaic.routing import (  # noqa: F401  (each registers its router)
     cosine,
     expert_choice,
+    expert_skipping,
     gating_residual,
     given,
     hash,
@@ -25,8 +26,8 @@ from moesaic.routing import (  # noqa: F401  (each registers its router)
 from moesaic.routing.balancing import BALANCERS, Balancer, balance_loss, check_balancing
 from moesaic.routing.capacity import expert_capacity, limit_capacity
 from moesaic.routing.context import RoutePath, RoutingContext
-from moesaic.routing.locality import chunk_sparsity, token_sparsity
 from moesaic.routing.layer_balancing import LayerBalancing, counting
+from moesaic.routing.locality import chunk_sparsity, token_sparsity
 from moesaic.routing.router import ROUTERS, Router, create_router
 from moesaic.routing.routing import Routing
 
@@ -42,8 +43,8 @@ __all__ = [
     "available",
     "balance_loss",
     "check_balancing",
-    "counting",
     "chunk_sparsity",
+    "counting",
     "create_router",
     "expert_capacity",
     "limit_capacity",

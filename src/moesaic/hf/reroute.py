@@ -1,0 +1,292 @@
+"""Another way to route for a model that has been trained: :func:`reroute`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config import MoEConfig
+from moesaic.errors import ConfigError, UnsupportedError
+from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.gates import Gate, GateRule, find_gates, gate_rule
+from moesaic.layer import MoE, moe_layers
+from moesaic.routing import ROUTERS, Router, Routing, RoutingContext, check_balancing, create_router
+from moesaic.routing.router import check_top_k
+
+# The model's handle, as long as it is rerouted.
+_ACTIVE: WeakKeyDictionary[nn.Module, Rerouting] = WeakKeyDictionary()
+
+
+class Rerouting:
+    """What :func:`reroute` returns: the way back. As a context manager it goes back at the end of the block.
+
+    ``layers`` names what was rerouted: the gates of a model of transformers, or the routers of one of ours.
+    """
+
+    def __init__(self, layers: list[str], last: Callable[[], list[Routing]], undo: list[Callable[[], object]]) -> None:
+        self.layers = layers
+        self._last, self._undo = last, undo
+
+    def remove(self) -> None:
+        """Route as before, to the bit; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def experts_per_token(self) -> float:
+        """Mean number of slots that were not null, over the tokens and layers of the last forward; NaN before one."""
+        routings = self._last()
+        used = [float((r.expert_ids < r.num_experts).sum()) for r in routings]
+        tokens = sum(len(r.expert_ids) for r in routings)
+        return sum(used) / tokens if tokens else float("nan")
+
+    def __enter__(self) -> Rerouting:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = None, **options: Any) -> Rerouting:
+    """Let a trained MoE model choose its experts in another way, with the gates that it has.
+
+    The logits stay the model's own, its weights are not touched, and ``remove()`` of what is returned goes back to the
+    model as it was. Experts that a token does not take are null slots, which cost nothing with
+    ``experts_implementation="moesaic"``. ``reroute(model, "top_p", top_k=8, threshold=0.6)`` lets a token take as many
+    experts as it needs, 8 at most; ``reroute(model, top_k=4)`` only changes the number.
+
+    Options that the router shares with the model's own rule keep the model's value where they are not given:
+    ``normalize``, ``scale`` (which is kept where a router has no such option), ``num_groups``, ``top_groups``, and the
+    selection bias. A gate of transformers is asked with a few random tokens for its rule.
+
+    A model of ours saves and loads with the new router, as its configuration names it; one of transformers is saved as
+    it was, and has to be rerouted again after loading. Gates are copied with their model, the way back is not.
+
+    Args:
+        model: a :class:`moesaic.MoE` or a module with some; or a model of transformers with experts of its experts
+            interface, whose gates return logits, weights and ids of all experts.
+        router: a name of ``moesaic.routing.available()``; by default the model's own.
+        top_k: experts that a token takes, or may take at most; by default as many as before.
+        options: that router's own.
+
+    Raises:
+        ConfigError: for an unknown router or option, or a model that is rerouted already.
+        UnsupportedError: for a model without MoE layers, a gate of another form, or a router that needs more than the
+            gate's logits (parameters of its own), or whose choice depends on later tokens.
+    """
+    if model in _ACTIVE:
+        raise ConfigError("the model is rerouted already: call remove() of what reroute() returned first")
+    if router is not None and not ROUTERS.get(router).is_causal:
+        raise UnsupportedError(f"a trained model cannot be rerouted by {router!r}: its choice depends on later tokens")
+    layers = moe_layers(model)
+    with torch.random.fork_rng(devices=[]):  # a router draws numbers when it is made
+        handle = (_reroute_ours if layers else _reroute_gates)(model, router, top_k, options)
+    _ACTIVE[model] = handle
+    handle._undo.insert(0, lambda: _ACTIVE.pop(model, None))
+    return handle
+
+
+def _known(router: str, inherited: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options``, and of the inherited ones those that the router has too."""
+    keywords = ROUTERS.get(router).__init__.__kwdefaults__ or {}
+    return {name: value for name, value in inherited.items() if name in keywords} | dict(options)
+
+
+# --- models of transformers: a hook behind each gate
+
+
+def _reroute_gates(model: nn.Module, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
+    gates = find_gates(model)
+    if not gates:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no MoE layers to reroute: it must have moesaic's, or experts of transformers' "
+            "experts interface"
+        )
+    if router is None:
+        return _change_top_k(gates, top_k, options)
+    tokens = _Tokens()
+    # All of them before the first is changed: a gate that cannot be rerouted leaves the model as it was.
+    hooks = [_Hook(router, gate_rule(gate), top_k, options, tokens, gate) for gate in gates]
+    handles = [gate.module.register_forward_hook(hook) for gate, hook in zip(gates, hooks, strict=True)]
+    if ROUTERS.get(router).reads_context:
+        handles.append(model.register_forward_pre_hook(tokens, with_kwargs=True))
+    names = [gate.name for gate in gates]
+    return Rerouting(names, lambda: [hook.last for hook in hooks if hook.last], [handle.remove for handle in handles])
+
+
+def _change_top_k(gates: list[Gate], top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
+    """The model's own rule with another number of slots."""
+    if top_k is None or options:
+        raise ConfigError(f"name a router (one of {', '.join(ROUTERS.names())}), or give top_k alone")
+    rules = [gate_rule(gate) for gate in gates]
+    for gate, rule in zip(gates, rules, strict=True):
+        gate_rule(gate, check_top_k(top_k, rule.num_experts))
+    undo: list[Callable[[], object]] = []
+    for gate in gates:
+        undo.append(partial(setattr, gate.module, "top_k", gate.module.top_k))
+        gate.module.top_k = top_k  # type: ignore[assignment]
+    return Rerouting([gate.name for gate in gates], list, undo)
+
+
+class _Tokens:
+    """Notes the token ids of a model's forward."""
+
+    def __init__(self) -> None:
+        self.ids_T: Tensor | None = None
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.ids_T = None if ids is None else ids.reshape(-1)
+
+
+class _Hook:
+    """After a gate's forward: what ``router`` makes of its logits, in place of what the gate made of them."""
+
+    def __init__(
+        self,
+        router: str,
+        rule: GateRule,
+        top_k: int | None,
+        options: Mapping[str, Any],
+        tokens: _Tokens,
+        gate: Gate,
+    ) -> None:
+        inherited = {"scale": rule.scale, "num_groups": rule.groups[0], "top_groups": rule.groups[1]}
+        if rule.normalize is not None:
+            inherited["normalize"] = rule.normalize
+        known = _known(router, inherited, options)
+        self.router = _router_of_logits(router, rule.num_experts, top_k or rule.top_k, known)
+        if self.router.has_selection_bias and rule.selection_bias is not None:
+            self.router.get_buffer("selection_bias").copy_(rule.selection_bias)
+        self.router.to(next(gate.module.parameters()).device)
+        self.rule, self.tokens = rule, tokens
+        self.scale = 1.0 if "scale" in known else rule.scale
+        self.last: Routing | None = None
+        self._try()
+
+    def __call__(self, gate: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+        logits, weights, _ = output
+        routing = self.route(logits.log() if self.rule.are_probabilities else logits)
+        weights_TK = routing.weights
+        if self.rule.expert_scale is not None:
+            last = self.rule.num_experts - 1
+            weights_TK = weights_TK * self.rule.expert_scale.to(weights_TK)[routing.expert_ids.clamp(max=last)]
+        if not torch.compiler.is_compiling():
+            self.last = routing.detach()
+        return logits, (weights_TK * self.scale).to(weights.dtype), routing.expert_ids
+
+    def route(self, logits_TE: Tensor) -> Routing:
+        if not self.router.reads_context:
+            return self.router(logits_TE)  # type: ignore[no-any-return]
+        return self.router(logits_TE, None, RoutingContext(self.tokens.ids_T))  # type: ignore[no-any-return]
+
+    def _try(self) -> None:
+        """Whether the router can do with logits, and with token ids where it reads a context."""
+        device = next(iter([*self.router.buffers(), torch.empty(0)])).device
+        self.tokens.ids_T = torch.zeros(2, dtype=torch.int64, device=device)
+        try:
+            self.route(torch.zeros(2, self.rule.num_experts, device=device))
+        except AttributeError as error:
+            name = type(self.router).__name__
+            raise UnsupportedError(
+                f"{name} makes its logits in a way of its own, not as a trained gate does"
+            ) from error
+        finally:
+            self.tokens.ids_T = None
+
+
+def _float32(logits_TE: Tensor) -> Tensor:
+    return logits_TE.float()
+
+
+def _router_of_logits(name: str, num_experts: int, top_k: int, options: Mapping[str, Any]) -> Router:
+    """A router whose features are the logits already."""
+    router = create_router(name, num_experts, num_experts, top_k, **options).eval().requires_grad_(False)
+    _check_own(name, router, {"weight": router._parameters.pop("weight", None)})
+    router.__dict__["logits"] = _float32
+    return router
+
+
+def _check_own(name: str, router: Router, trained: Mapping[str, Tensor | None]) -> None:
+    """Refuse a router with parameters that the model has no trained values of."""
+    for key, parameter in router.named_parameters():
+        value = trained.get(key)
+        if value is None or value.shape != parameter.shape:
+            raise UnsupportedError(
+                f"the router {name!r} has a parameter {key!r} {list(parameter.shape)}, which this model was not "
+                "trained with: take a router that works on a gate's logits alone"
+            )
+
+
+# --- models of ours: another router in each layer
+
+
+def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
+    layers = [layer for layer in moe_layers(model) if layer.router._parameters.get("weight") is not None]
+    if not layers:
+        raise UnsupportedError(f"the routers of {type(model).__name__} have no gate to keep")
+    if router is None and top_k is None:
+        raise ConfigError(f"name a router (one of {', '.join(ROUTERS.names())}), or give top_k alone")
+    # All of them before the first is changed.
+    configs = [_new_config(layer.config, router, top_k, options) for layer in layers]
+    successors = [
+        [_successor(old, config) for old in layer.routers] for layer, config in zip(layers, configs, strict=True)
+    ]
+    undo: list[Callable[[], object]] = []
+    for layer, config, routers in zip(layers, configs, successors, strict=True):
+        undo.append(partial(_put, layer, layer.config, layer.routers))
+        _put(layer, config, routers)
+    if isinstance(settings := getattr(model, "config", None), MoesaicConfig):
+        names = ("router", "router_options", "num_experts_per_tok")
+        before = {name: getattr(settings, name) for name in names}
+        undo.append(lambda: settings.update(before))
+        settings.update(dict(zip(names, (configs[0].router, configs[0].router_options, configs[0].top_k), strict=True)))
+    names_of = {id(module): name for name, module in model.named_modules()}
+    places = [f"{names_of[id(layer)]}.router".lstrip(".") for layer in layers]
+    return Rerouting(places, lambda: [routing for layer in layers for routing in layer.last_routings], undo)
+
+
+def _new_config(config: MoEConfig, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> MoEConfig:
+    name = router or config.router
+    kept = {}
+    for balancer, setting in config.balancing.items():
+        with contextlib.suppress(ConfigError):  # one that the new router has nothing for, as bias_update may be
+            check_balancing({balancer: setting}, ROUTERS.get(name))
+            kept[balancer] = setting
+    return replace(
+        config,
+        router=name,
+        router_options=_known(name, config.router_options, options),
+        top_k=config.top_k if top_k is None else top_k,
+        balancing=kept,
+    )
+
+
+def _successor(old: Router, config: MoEConfig) -> Router:
+    """A router as ``config`` says with the parameters of ``old``, which they share, and copies of its buffers."""
+    with torch.device(old.get_parameter("weight").device):
+        new = create_router(config.router, old.d_model, old.num_experts, config.top_k, **config.router_options)
+    trained = dict(old.named_parameters())
+    _check_own(config.router, new, trained)
+    for key in dict(new.named_parameters()):
+        holder, _, name = key.rpartition(".")
+        new.get_submodule(holder)._parameters[name] = trained[key]
+    for key, buffer in new.named_buffers():
+        value = dict(old.named_buffers()).get(key)
+        if value is not None and value.shape == buffer.shape:
+            buffer.copy_(value)
+    new.num_ffn = old.num_ffn
+    return new.train(old.training)
+
+
+def _put(layer: MoE, config: MoEConfig, routers: list[Router]) -> None:
+    layer.config = config
+    layer.router = routers[0]
+    for number, router in enumerate(routers[1:]):
+        layer.next_routers[number] = router
