@@ -60,6 +60,7 @@ class Listener(Protocol):
 class _Command:
     action: Callable[[EngineCore], Any]
     result: Future[Any]
+    shown: bool
 
 
 class EngineLoop:
@@ -100,26 +101,28 @@ class EngineLoop:
     async def call(self, action: Callable[[EngineCore], Value]) -> Value:
         """Run ``action`` on the engine between two steps; its result or exception.
 
+        Who asks for the engine's numbers after that sees what it did.
+
         Raises:
             EngineFailure: where the engine is not there any more.
         """
-        return await asyncio.wrap_future(self._submit(action))
+        return await asyncio.wrap_future(self._submit(action, shown=True))
 
     async def add(self, requests: Sequence[Request]) -> None:
         """Add all of ``requests`` or none; raises what ``Engine.add`` raises."""
-        await self.call(lambda engine: self._add(engine, requests))
+        await asyncio.wrap_future(self._submit(lambda engine: self._add(engine, requests)))
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End these requests, without waiting for it; they need not be there."""
         with suppress(EngineFailure):
             self._submit(lambda engine: self._cancel(engine, request_ids))
 
-    def _submit(self, action: Callable[[EngineCore], Value]) -> Future[Value]:
+    def _submit(self, action: Callable[[EngineCore], Value], *, shown: bool = False) -> Future[Value]:
         result: Future[Value] = Future()
         with self._door:
             if self._refusal is not None:
                 raise EngineFailure(self._refusal)
-            self._commands.put(_Command(action, result))
+            self._commands.put(_Command(action, result, shown))
         return result
 
     # What follows runs on the thread.
@@ -152,7 +155,7 @@ class EngineLoop:
         """Run the commands that wait, or sleep until there is one; False where the thread is to end."""
         idle = not engine.has_work
         if idle and self._unseen:
-            self._post(self._listener.on_step, [], time.perf_counter(), self._look(engine))
+            self._show(engine)
         while True:
             try:
                 command = self._commands.get(block=idle)
@@ -172,7 +175,12 @@ class EngineLoop:
         except Exception as error:
             command.result.set_exception(error)
         else:
+            if command.shown:
+                self._show(engine)
             command.result.set_result(value)
+
+    def _show(self, engine: EngineCore) -> None:
+        self._post(self._listener.on_step, [], time.perf_counter(), self._look(engine))
 
     def _add(self, engine: EngineCore, requests: Sequence[Request]) -> None:
         added: list[str] = []
