@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.routing import BALANCERS, Routing, create_router
-from moesaic.routing.locality import chunk_sparsity, token_sparsity
+from moesaic.routing import BALANCERS, Routing, chunk_sparsity, create_router, token_sparsity
 from moesaic.routing.relu import ReLURouter
 
 NULL = -1

@@ -40,6 +40,7 @@ from moesaic.parallel.sharding import (
     shard_experts,
 )
 from moesaic.parallel.topology import Topology
+from moesaic.routing.router import CommonPart
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -205,6 +206,9 @@ def _shard_others(model: nn.Module, ranks: DeviceMesh, found: Sequence[_Found]) 
         # FSDP hangs its hooks on the output, and would lose them where somebody writes into what that is a view of.
         model.register_forward_hook(_copied)
     own = {each.module.get_parameter(name) for each in found for name in each.names.values()}
+    for module in model.modules():
+        if isinstance(module, CommonPart):  # else it would go with the block that owns it, before the others call it
+            fully_shard(module, mesh=ranks, ignored_params=own)
     blocks: set[str] = set()
     for module in model.modules():
         blocks.update(getattr(module, "_no_split_modules", None) or ())

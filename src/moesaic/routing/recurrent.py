@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.routing.context import RoutingContext
-from moesaic.routing.router import ROUTERS, Router, float32_linear
+from moesaic.routing.router import ROUTERS, CommonPart, Router, float32_linear
 from moesaic.routing.routing import Routing
 
 
@@ -52,7 +53,7 @@ class RecurrentTopK(Router):
         self.d_model, self.state_width = d_model, state_width
         self.shared, self.normalize = shared, normalize
         self.projection = nn.Parameter(torch.empty(state_width, d_model))
-        self.cell: nn.GRUCell | None = nn.GRUCell(state_width, state_width)
+        self.cell: GatedCell | None = GatedCell(state_width)
         self.reset_parameters()
 
     def follow(self, first: Router) -> None:
@@ -88,14 +89,39 @@ class RecurrentTopK(Router):
         """``[T, P]`` float32: the state after this layer, from that of the layer before (None ahead of the first)."""
         cell = self.cell if self.cell is not None else self.__dict__["_first"].cell
         projected_TP = float32_linear(x_TD, self.projection)
-        before_TP = torch.zeros_like(projected_TP) if carried_TP is None else carried_TP.float()
-        new = float32_linear(projected_TP, cell.weight_ih) + cell.bias_ih.float()
-        old = float32_linear(before_TP, cell.weight_hh) + cell.bias_hh.float()
-        (new_reset, new_keep, new_value), (old_reset, old_keep, old_value) = new.chunk(3, -1), old.chunk(3, -1)
-        keep_TP = torch.sigmoid(new_keep + old_keep)
-        value_TP = torch.tanh(new_value + torch.sigmoid(new_reset + old_reset) * old_value)
-        state_TP: Tensor = (1 - keep_TP) * value_TP + keep_TP * before_TP
+        before_TP = torch.zeros_like(projected_TP) if carried_TP is None else carried_TP
+        state_TP: Tensor = cell(projected_TP, before_TP)
         return state_TP
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, state_width={self.state_width}"
+
+
+class GatedCell(CommonPart):
+    """A gated recurrent unit of equal input and state widths P, in float32 under any precision.
+
+    Rows of its matrices (``[3P, P]``) and biases (``[3P]``): the reset gate's, the update gate's, the new value's.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight_ih, self.weight_hh = (nn.Parameter(torch.empty(3 * width, width)) for _ in range(2))
+        self.bias_ih, self.bias_hh = (nn.Parameter(torch.empty(3 * width)) for _ in range(2))
+
+    def reset_parameters(self) -> None:
+        """As PyTorch's GRU: uniform within 1/√P."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(self.width), 1 / math.sqrt(self.width))
+
+    def forward(self, x_TP: Tensor, before_TP: Tensor) -> Tensor:
+        new = float32_linear(x_TP, self.weight_ih) + self.bias_ih.float()
+        old = float32_linear(before_TP, self.weight_hh) + self.bias_hh.float()
+        (new_reset, new_keep, new_value), (old_reset, old_keep, old_value) = new.chunk(3, -1), old.chunk(3, -1)
+        keep_TP = torch.sigmoid(new_keep + old_keep)
+        value_TP = torch.tanh(new_value + torch.sigmoid(new_reset + old_reset) * old_value)
+        state_TP: Tensor = (1 - keep_TP) * value_TP + keep_TP * before_TP.float()
+        return state_TP
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}"

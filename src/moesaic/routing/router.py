@@ -76,6 +76,14 @@ class Router(nn.Module, ABC):
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 
+class CommonPart(nn.Module):
+    """Base of what one router owns and those of other layers call: of :meth:`Router.follow`.
+
+    It is called as a module, never by its parameters alone: :func:`moesaic.parallelize` then gathers them for each
+    layer that calls it.
+    """
+
+
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast switched off."""
     # The meta device knows no autocast; asking PyTorch whether it does would not compile on 2.11.
