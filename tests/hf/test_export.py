@@ -142,6 +142,12 @@ def test_the_balancing_loss_has_the_same_size(top_k: int, dense: list[int]) -> N
     torch.testing.assert_close(theirs, ours, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize(("table", "coefficient"), [({}, 0.02), ({"final": 0.5, "steps": 9}, 0.5)])
+def test_a_balancing_loss_with_a_schedule_goes_on_where_it_ends(table: dict[str, Any], coefficient: float) -> None:
+    plain = export_qwen3_moe(model_of(balancing={"load_balancing": {"coefficient": 0.02, **table}}))
+    assert plain.config.router_aux_loss_coef == pytest.approx(coefficient * 2 / 2)  # two layers, two experts a token
+
+
 def test_without_a_balancing_loss_there_is_none() -> None:
     assert export_qwen3_moe(model_of(balancing={"z_loss": 0.1})).config.router_aux_loss_coef == 0.0
 
@@ -153,6 +159,9 @@ FORBIDDEN: list[tuple[dict[str, Any], str]] = [
     ({"num_shared_experts": 2}, "num_shared_experts is 2, only 0 is possible"),
     ({"capacity_factor": 1.25}, "capacity_factor is 1.25, only 0.0 is possible"),
     ({"capacity_factor": -1.0}, "capacity_factor is -1.0, only 0.0 is possible"),
+    ({"zero_computation_experts": {"copy": 2}}, "zero_computation_experts is {'copy': 2}, only {} is possible"),
+    ({"iterations": 2}, "iterations is 2, only 1 is possible"),
+    ({"pre_gating": "layer"}, "pre_gating is 'layer', only 'none' is possible"),
     (
         {"hidden_act": "gelu", "mlp_only_layers": [0]},
         "hidden_act of the dense layers is 'gelu', only 'silu' is possible",

@@ -13,6 +13,7 @@ from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.load import load_model
 from moesaic.hf.modeling import MoesaicForCausalLM
 from moesaic.hf.save import check_new, save_folder
+from moesaic.routing.schedule import schedule_of
 
 # Our parameter names, and Qwen3-MoE's for the same tensors.
 _RENAMED = {
@@ -48,7 +49,8 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
     }
     with torch.device("meta"):
         exported = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(plain))
-    exported.load_state_dict({_renamed(name): tensor for name, tensor in model.state_dict().items()}, assign=True)
+    state = {_renamed(name): tensor for name, tensor in model.state_dict().items() if ".balancing." not in name}
+    exported.load_state_dict(state, assign=True)
     exported.tie_weights()
     exported.model.rotary_emb = model.model.rotary_emb  # its frequencies are computed, not stored
     exported.generation_config = model.generation_config
@@ -59,7 +61,10 @@ def export_qwen3_moe(model: MoesaicForCausalLM) -> Qwen3MoeForCausalLM:
 def _aux_loss_coefficient(config: MoesaicConfig) -> float:
     """Ours is 1 per layer for an even load, and summed; Qwen3-MoE's is K, over the tokens of all layers together."""
     sparse_layers = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
-    coefficient = (config.balancing or {}).get("load_balancing", 0.0)
+    entries = {name: (config.balancing or {}).get(name, 0.0) for name in ("load_balancing", "global_load_balancing")}
+    schedules = [schedule_of(name, entry) for name, entry in entries.items()]
+    # Of one that varies, where it ends.
+    coefficient = sum(each.coefficient if each.final is None else each.final for each in schedules)
     return coefficient * sparse_layers / config.num_experts_per_tok
 
 
@@ -71,6 +76,11 @@ def obstacles(config: MoesaicConfig) -> list[str]:
         ("expert_bias", config.expert_bias, False),
         ("num_shared_experts", config.num_shared_experts, 0),
         ("capacity_factor", config.capacity_factor, 0.0),
+        ("zero_computation_experts", config.zero_computation_experts or {}, {}),
+        ("iterations", config.iterations, 1),
+        ("expert_d_ffs", config.expert_d_ffs, None),
+        ("communication_width", config.communication_width, None),
+        ("pre_gating", config.pre_gating, "none"),
     ]
     reasons = [
         f"{name} is {value!r}, only {allowed!r} is possible" for name, value, allowed in checks if value != allowed

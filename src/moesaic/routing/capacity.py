@@ -29,7 +29,7 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
 def ffn_factor(factor: float, num_ffn: int, num_zero_computation: int, tau: float = 1.0) -> float:
     """What to give ``expert_capacity(T, K, num_ffn, ...)`` for a feed-forward expert that has others beside it.
 
-    Its capacity is |factor| · T · K · τ / (τ·E + Z) rows, and a zero-computation expert's is 1 / τ times as many (MoE++,
+    Its capacity is |factor| · T · K · τ / (τ·E + Z) rows, a zero-computation expert's 1 / τ times as many (MoE++,
     section 3.3, equation 8, which has no K: there a factor of 1 is room for one choice of every token, here for all).
     """
     if not num_zero_computation:
