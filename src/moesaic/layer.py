@@ -20,12 +20,10 @@ from moesaic.experts import Choice, ExpertBank, SharedExperts
 from moesaic.experts.kinds import ZeroComputationExperts
 from moesaic.experts.slots import ExpertSlots
 from moesaic.routing import (
-    BALANCERS,
+    LayerBalancing,
     Router,
     Routing,
     RoutingContext,
-    acts_after_step,
-    balance_loss,
     create_router,
     limit_capacity,
 )
@@ -43,7 +41,6 @@ class MoE(nn.Module):
 
     last_routings: tuple[Routing, ...]
     aux_loss: Tensor
-    slot_counts: Tensor
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -66,8 +63,7 @@ class MoE(nn.Module):
             self.shared = SharedExperts(
                 c.d_model, shared_d_ff, c.num_shared_experts, c.activation, c.bias, c.shared_gate
             )
-        # Slots per expert since the last optimizer step; always zero between steps, hence not in checkpoints.
-        self.register_buffer("slot_counts", torch.zeros(c.num_choices, dtype=torch.int64), persistent=False)
+        self.balancing = nn.ModuleList(LayerBalancing(c.balancing, c.num_choices) for _ in range(c.iterations))
         self.last_routings = ()
         self.aux_loss = _no_loss()
 
@@ -102,12 +98,13 @@ class MoE(nn.Module):
         context.token_mask = None if token_mask is None else self._mask(token_mask, x)
         factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
         asked = self._ask(self.router, features_TD, top_k, context, x)
-        y_TD, routing, aux_loss = self._round(x_TD, asked, factor)
+        first, *others = self.balancers
+        y_TD, routing, aux_loss = self._round(x_TD, asked, factor, first)
         routings = [routing]
-        for router in self.routers[1:]:
+        for router, balancing in zip(self.routers[1:], others, strict=True):
             h_TD = x_TD + y_TD
             asked = self._ask(router, h_TD, top_k, context, x)
-            more_TD, routing, more_loss = self._round(h_TD, asked, factor)
+            more_TD, routing, more_loss = self._round(h_TD, asked, factor, balancing)
             y_TD, aux_loss = y_TD + more_TD, aux_loss + more_loss
             routings.append(routing)
         if self.shared is not None:
@@ -121,6 +118,18 @@ class MoE(nn.Module):
     def routers(self) -> list[Router]:
         """The router of each iteration."""
         return [self.router, *self.next_routers]
+
+    @property
+    def balancers(self) -> list[LayerBalancing]:
+        """What balances the router of each iteration."""
+        balancing: Any = self.balancing
+        return list(balancing)
+
+    @property
+    def slot_counts(self) -> Tensor:
+        """``[E]`` int64: slots since the last optimizer step, of all iterations, where a balancer acts after it."""
+        first, *others = self.balancers
+        return sum((balancing.slot_counts for balancing in others), first.slot_counts)
 
     @property
     def last_routing(self) -> Routing | None:
@@ -139,9 +148,8 @@ class MoE(nn.Module):
 
     def after_step(self) -> None:
         """Let the balancers that work without a loss act, once after each optimizer step."""
-        for name, coefficient in self.config.balancing.items():
-            BALANCERS.get(name).update(self.router, self.slot_counts, coefficient)
-        self.slot_counts.zero_()
+        for balancing, router in zip(self.balancers, self.routers, strict=True):
+            balancing.after_step(router)
 
     def _ask(
         self,
@@ -160,7 +168,9 @@ class MoE(nn.Module):
         routing = replace(routing, num_ffn=num_ffn, sequence_length=x.shape[-2] if x.ndim > 2 else None)
         return routing if context.token_mask is None else routing.without(~context.token_mask.unsqueeze(1))
 
-    def _round(self, x_TD: Tensor, asked: Routing, factor: float) -> tuple[Tensor, Routing, Tensor]:
+    def _round(
+        self, x_TD: Tensor, asked: Routing, factor: float, balancing: LayerBalancing
+    ) -> tuple[Tensor, Routing, Tensor]:
         """``[T, D]``: the experts' weighted sum, without anything that every token gets; what was granted; the loss."""
         routing = limit_capacity(asked, factor)
         ffn = routing.first(self.config.num_experts)
@@ -171,7 +181,8 @@ class MoE(nn.Module):
         beside_TD = None if self.zero_computation is None else self.zero_computation(x_TD, routing)
         if beside_TD is not None:
             y_TD = y_TD + beside_TD.to(y_TD.dtype)
-        return y_TD, routing.detach(), self._balance(asked, counts_E)
+        # Before capacity dropped slots: a balancer must see what the router asked for, not what was granted.
+        return y_TD, routing.detach(), balancing.loss(asked, counts_E)
 
     def _dispatch(self, routing: Routing, capacity_factor: float) -> Dispatch:
         # PEFT puts a wrapper in the bank's place, which knows its parameters only.
@@ -188,15 +199,6 @@ class MoE(nn.Module):
         asked_E = asked.counts() if self.config.balancing and routing is not asked else None
         y_TD = forward_sharded(self.experts, x_TD, routing.expert_ids, routing.weights, asked_E)
         return y_TD, self.experts.parallel.asked_E
-
-    def _balance(self, asked: Routing, counts_E: Tensor | None) -> Tensor:
-        # Before capacity drops slots: a balancer must see what the router asked for, not what was granted.
-        balancing = self.config.balancing
-        if counts_E is None and balancing:
-            counts_E = asked.counts()
-        if self.training and counts_E is not None and acts_after_step(balancing):
-            self.slot_counts += counts_E
-        return balance_loss(asked, balancing, counts_E)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.config.d_model:

@@ -69,7 +69,7 @@ class TestZLoss:
 class TestBiasUpdate:
     def update(self, counts: list[int], coefficient: float = 0.1) -> Tensor:
         router = create_router("sigmoid_topk", 4, len(counts), 1)
-        BALANCERS.get("bias_update").update(router, torch.tensor(counts), coefficient)
+        BALANCERS.get("bias_update")().update(router, torch.tensor(counts), coefficient)
         return router.get_buffer("selection_bias")
 
     @pytest.mark.parametrize("counts", [[5, 1, 3, 3], [0, 0, 0, 8], [2, 2, 2, 2], [0, 0, 0, 0], [7, 0, 0, 0]])
@@ -77,7 +77,7 @@ class TestBiasUpdate:
         assert self.update(counts).tolist() == pytest.approx(reference.updated_bias([0.0] * 4, counts, 0.1))
 
     def test_has_no_loss(self) -> None:
-        assert BALANCERS.get("bias_update").loss(even(), even().counts()) is None
+        assert BALANCERS.get("bias_update")().loss(even(), even().counts()) is None
         assert balance_loss(even(), {"bias_update": 1.0}).item() == 0.0
 
     def test_needs_a_selection_bias(self) -> None:

@@ -26,7 +26,7 @@ from moesaic.experts import ExpertBank
 from moesaic.experts.kinds import ExpertKind
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.layer import MoE, moe_layers
-from moesaic.routing import RoutePath, Router
+from moesaic.routing import LayerBalancing, RoutePath, Router
 
 # The constructors below skip their parents' (``super(Parent, self).__init__``): those would first build Qwen3-MoE's own
 # experts, most of the model's memory, only for us to throw them away.
@@ -83,8 +83,8 @@ class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, ExpertBank | Router | ExpertKind):
             module.reset_parameters(std)
-        elif isinstance(module, MoE):
-            module.slot_counts.zero_()
+        elif isinstance(module, LayerBalancing):
+            module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
 

@@ -1,19 +1,21 @@
 """Keeping the experts' load even: losses that are added to the training loss, and updates after a step.
 
 A balancer is a class with two methods, ``loss`` and ``update``, of which it overrides what it needs, entered in
-``BALANCERS``; a configuration names any number of them with their coefficients.
+``BALANCERS``; a configuration names any number of them, each with its coefficient, its schedule and its options.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.registry import Registry
+from moesaic.routing import schedule
+from moesaic.routing.options import check_options
 from moesaic.routing.router import Router
 from moesaic.routing.routing import Routing
 
@@ -21,26 +23,37 @@ BALANCERS: Registry[type[Balancer]] = Registry("balancer")
 
 
 class Balancer:
-    """Base: no loss, no update."""
+    """Base: no loss, no update.
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor | None:
+    A balancer is constructed with its options: the keyword-only arguments of its ``__init__``, annotated as int, float,
+    bool or str (``MoEConfig(balancing={"load_balancing": {"coefficient": 0.01, "per_rank": True}})``). One that has
+    none may have static methods.
+
+    ``over_batch`` says that its loss is told the slots of the whole batch of an optimizer step, as far as they are
+    known: those of all ranks, and of all forwards since the last step.
+    """
+
+    over_batch: ClassVar[bool] = False
+
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor | None:
         """A float32 scalar to be multiplied by the coefficient and added to the training loss; None for none.
+
+        The losses of several ranks or forwards, each weighted by its tokens, should add up to that of all tokens.
 
         Args:
             routing: of this process's tokens.
-            counts_E: ``[E]`` int64, slots that each expert was asked for: by the tokens of all ranks, where there are
-                several. The losses of ranks with equally many tokens then average to that of all tokens together.
+            counts_E: ``[E]`` int64, slots that each expert was asked for: by these tokens, after
+                :func:`moesaic.parallelize` by those of all ranks, with ``over_batch`` by those of the batch.
         """
         return None
 
-    @staticmethod
-    def update(router: Router, counts_E: Tensor, coefficient: float) -> None:
+    def update(self, router: Router, counts_E: Tensor, coefficient: float | Tensor) -> None:
         """Called once after each optimizer step.
 
         Args:
-            counts_E: ``[E]`` int64, in proportion to the slots that each expert got since the last step (activation
-                checkpointing counts every forward that it recomputes once more).
+            counts_E: ``[E]`` int64, slots that each expert was asked for since the last step, by the tokens of all
+                ranks.
+            coefficient: a number, or a float32 scalar on the router's device where it has a schedule.
         """
 
     @staticmethod
@@ -52,23 +65,46 @@ class Balancer:
 class LoadBalancing(Balancer):
     """E · Σ_e f_e · P_e (Switch Transformers, section 2.2, equations 4 to 6), 1 for an even load, whatever K is.
 
-    f_e is expert e's share of the routed slots, P_e its mean share of the scores. Scores that do not sum to 1 over
-    the experts (sigmoid) are normalized per token first (DeepSeek-V3, equations 17 to 20).
+    f_e is expert e's share of the slots routed in one forward, P_e its mean share of the scores. Scores that do not sum
+    to 1 over the experts (sigmoid) are normalized per token first (DeepSeek-V3, equations 17 to 20).
+
+    Args:
+        per_rank: f from this rank's own tokens, also after :func:`moesaic.parallelize`, which knows those of all ranks:
+            the micro-batch loss that ``global_load_balancing`` is compared with.
     """
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
-        fraction_E = counts_E / counts_E.sum().clamp(min=1)
-        share_TE = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
-        return routing.num_experts * (fraction_E * mean_over_routed(share_TE, routing)).sum()
+    def __init__(self, *, per_rank: bool = False) -> None:
+        self.per_rank = per_rank
+
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
+        return load_balancing(routing, routing.counts() if self.per_rank else counts_E)
+
+
+@BALANCERS.register("global_load_balancing")
+class GlobalLoadBalancing(Balancer):
+    """E · Σ_e f_e · P_e with f of the whole batch of an optimizer step, and P of each forward's own tokens (Demons in
+    the Detail: On Implementing Load Balancing Loss for Training Specialized Mixture-of-Expert Models, "global-batch
+    LBL"): experts may specialize within a sequence, and are even over the batch.
+
+    f has no gradient and the loss is linear in P: the losses of ranks and forwards, each weighted by its tokens, add up
+    to the loss of the batch in one piece, given the same f. The tokens of all ranks are counted. Of the forwards of one
+    step (gradient accumulation) f counts those done so far, as with the paper's buffer: the first ones know less than
+    the last one. :func:`moesaic.routing.counting` tells all of them the same, and makes it exact.
+
+    In evaluation it is ``load_balancing``. Where ``torch.distributed`` is initialized, every rank must take part.
+    """
+
+    over_batch = True
+
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
+        return load_balancing(routing, counts_E)
 
 
 @BALANCERS.register("z_loss")
 class ZLoss(Balancer):
     """Mean over the tokens of logsumexp(logits)² (ST-MoE, section 3.3, equation 5): keeps the logits small."""
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
         if routing.logits is None:
             raise ConfigError("the balancer 'z_loss' needs a router that has logits")
         return mean_over_routed(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).squeeze()
@@ -82,10 +118,9 @@ class BiasUpdate(Balancer):
     one with more goes down. No gradient is involved.
     """
 
-    @staticmethod
-    def update(router: Router, counts_E: Tensor, coefficient: float) -> None:
+    def update(self, router: Router, counts_E: Tensor, coefficient: float | Tensor) -> None:
         load_E = counts_E.to(torch.float32)
-        router.get_buffer("selection_bias").add_(torch.sign(load_E.mean() - load_E), alpha=coefficient)
+        router.get_buffer("selection_bias").add_(torch.sign(load_E.mean() - load_E) * coefficient)
 
     @staticmethod
     def check(router: type[Router]) -> None:
@@ -95,39 +130,69 @@ class BiasUpdate(Balancer):
             )
 
 
+def load_balancing(routing: Routing, counts_E: Tensor) -> Tensor:
+    """E · Σ_e f_e · P_e of a routing's scores, f in proportion to ``counts_E``: a float32 scalar."""
+    fraction_E = counts_E / counts_E.sum().clamp(min=1)
+    sum_T1 = routing.scores.sum(dim=-1, keepdim=True)
+    share_TE = routing.scores / sum_T1.clamp(min=torch.finfo(sum_T1.dtype).tiny)  # all 0: a token without any expert
+    return routing.num_experts * (fraction_E * mean_over_routed(share_TE, routing)).sum()
+
+
 def mean_over_routed(values_TX: Tensor, routing: Routing) -> Tensor:
     """``[X]``: mean over the tokens that have an expert at all; padded tokens (all slots null) do not count."""
     routed_T1 = (routing.expert_ids < routing.num_experts).any(dim=-1, keepdim=True)
     return torch.where(routed_T1, values_TX, 0.0).sum(dim=0) / routed_T1.sum().clamp(min=1)
 
 
-def check_balancing(balancing: Mapping[str, float], router: type[Router]) -> None:
-    """Refuse balancers that are unknown or do not go with the router, and coefficients below 0 or not finite."""
-    for name, coefficient in balancing.items():
-        BALANCERS.get(name).check(router)
-        if not (math.isfinite(coefficient) and coefficient >= 0):
-            raise ConfigError(
-                f"the coefficient of balancer {name!r} is {coefficient}: it must be finite and at least 0"
-            )
-
-
-def acts_after_step(balancing: Mapping[str, float]) -> bool:
-    """Whether one of the named balancers has an ``update``, and so needs the slots counted."""
-    return any(BALANCERS.get(name).update is not Balancer.update for name in balancing)
-
-
-def balance_loss(routing: Routing, balancing: Mapping[str, float], counts_E: Tensor | None = None) -> Tensor:
-    """Σ coefficient · loss over the named balancers: a float32 scalar, 0 where there is none.
+def create_balancer(name: str, entry: float | Mapping[str, Any]) -> tuple[Balancer, schedule.Schedule]:
+    """What an entry of ``balancing`` stands for.
 
     Args:
-        counts_E: ``[E]`` int64, slots per expert, of all ranks; the routing's own by default.
+        entry: the coefficient, or a table of it, of the other keys of its :class:`Schedule`, and of the balancer's own
+            options.
+
+    Raises:
+        ConfigError: for an unknown balancer or key, and for values out of range.
+    """
+    kind = BALANCERS.get(name)
+    planned = schedule.schedule_of(name, entry)
+    options = {} if not isinstance(entry, Mapping) else {k: v for k, v in entry.items() if k not in schedule.KEYS}
+    check_options(f"balancer {name!r}", kind, options, besides=schedule.KEYS)
+    return kind(**options), planned
+
+
+def check_balancing(balancing: Mapping[str, Any], router: type[Router]) -> None:
+    """Refuse balancers that are unknown or do not go with the router, unknown keys, and values out of range."""
+    if not isinstance(balancing, Mapping):
+        raise ConfigError(f"balancing is {balancing!r}: it must be a table of balancers and their coefficients")
+    for name, entry in balancing.items():
+        BALANCERS.get(name).check(router)
+        create_balancer(name, entry)
+
+
+def has_loss(balancer: Balancer) -> bool:
+    """Whether the balancer adds something to the training loss."""
+    return type(balancer).loss is not Balancer.loss
+
+
+def acts_after_step(balancer: Balancer) -> bool:
+    """Whether the balancer has an ``update``, and so needs the slots counted."""
+    return type(balancer).update is not Balancer.update
+
+
+def balance_loss(routing: Routing, balancing: Mapping[str, Any], counts_E: Tensor | None = None) -> Tensor:
+    """Σ coefficient · loss over the named balancers, as they are in the first step: a float32 scalar, 0 without any.
+
+    Args:
+        counts_E: ``[E]`` int64, slots per expert; the routing's own by default.
     """
     if balancing and counts_E is None:
         counts_E = routing.counts()
     total = routing.scores.new_zeros(())
-    for name, coefficient in balancing.items():
+    for name, entry in balancing.items():
         assert counts_E is not None
-        loss = BALANCERS.get(name).loss(routing, counts_E)
+        balancer, planned = create_balancer(name, entry)
+        loss = balancer.loss(routing, counts_E)
         if loss is not None:
-            total = total + coefficient * loss
+            total = total + planned.at(counts_E.new_zeros(())) * loss
     return total

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from moesaic.data import Batches
 from moesaic.errors import TrainingError
 from moesaic.layer import moe_layers, update_balancing
+from moesaic.routing import counting
 from moesaic.train.checkpoint import Checkpoint, restore, training_state
 from moesaic.train.loss import token_losses
-from moesaic.train.metrics import RoutingMeter, StepMetrics
+from moesaic.train.metrics import BalanceMeter, RoutingMeter, StepMetrics
 from moesaic.train.optimizer import build_optimizer, clip, learning_rate, local_gradients
 from moesaic.train.precision import autocast
 from moesaic.train.recipe import TrainSettings
@@ -68,7 +69,7 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self.heard: list[float] = []
-        self._meter = RoutingMeter(model)
+        self._meter, self._balance = RoutingMeter(model), BalanceMeter(model if self._balances else nn.Module())
         if settings.gradient_checkpointing:
             # The first name is transformers' since 5.20 or so, which deprecates the second.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -90,7 +91,7 @@ class Trainer:
         ids = self.batches.batch(self.step)
         losses = self._backward(ids)
         gradients = local_gradients(self.model.parameters())
-        (loss, aux_loss), norm, slots = self._of_all_ranks(losses, get_total_norm(gradients), tell)
+        (loss, aux_loss, *balancing), norm, slots = self._of_all_ranks(losses, get_total_norm(gradients), tell)
         if not all(map(math.isfinite, (loss, aux_loss, float(norm)))):
             self.optimizer.zero_grad()
             raise self._not_finite(loss, aux_loss, float(norm))
@@ -108,6 +109,7 @@ class Trainer:
             step=self.step,
             loss=loss,
             aux_loss=aux_loss,
+            balancing=dict(zip(self._balance.names, balancing, strict=True)),
             learning_rate=rate,
             grad_norm=float(norm),
             imbalance=imbalance,
@@ -130,20 +132,31 @@ class Trainer:
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
 
     def _backward(self, ids: Tensor) -> Tensor:
-        """Gradients of a batch ``[B, S + 1]``; returns this rank's part of the mean cross entropy and balancing
-        losses, ``[2]`` float32: the sums over the ranks are the batch's.
+        """Gradients of a batch ``[B, S + 1]``; returns this rank's part of the mean cross entropy, the sum of the
+        balancing losses, and each of them: the sums over the ranks are the batch's.
         """
         parts = ids.chunk(self.settings.accumulation)
-        losses = torch.zeros(2, device=self.device)
-        for part in parts:
-            mine = part[self.world.share(len(part))]
-            share = len(mine) / len(part)
-            loss, aux_loss = self._losses(mine.to(self.device))
+        mine = [part[self.world.share(len(part))] for part in parts]
+        self._count(mine)
+        losses = torch.zeros(2 + len(self._balance.names), device=self.device)
+        for part, own in zip(parts, mine, strict=True):
+            share = len(own) / len(part)
+            loss, aux_loss = self._losses(own.to(self.device))
+            each = self._balance.read(self.device)
             # Gradients are averaged over the ranks, whatever each one's share is.
             ((loss + aux_loss) * (share * self.world.size) / len(parts)).backward()
-            losses += torch.stack([loss.detach(), aux_loss.detach()]) * share / len(parts)
+            losses += torch.cat([torch.stack([loss.detach(), aux_loss.detach()]), each]) * share / len(parts)
             self._meter.add()
         return losses
+
+    def _count(self, parts: Sequence[Tensor]) -> None:
+        """Where balancing over the batch is exact, tell it what all parts are going to ask for."""
+        # One part is all that there is: its forward knows the slots of all ranks by itself.
+        if not (self.settings.exact_balancing and self._balance.over_batch and len(parts) > 1):
+            return
+        with counting(self.model), autocast(self.device, self.precision):
+            for part in parts:
+                self._forward(input_ids=part[:, :-1].to(self.device), use_cache=False, logits_to_keep=1)
 
     def _of_all_ranks(
         self, losses: Tensor, norm: Tensor, tell: Sequence[float]
@@ -153,15 +166,15 @@ class Trainer:
 
         One exchange serves it all, and one transfer from the device comes before it.
         """
-        *losses_and_norm, own_norm = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
+        *own_losses, own_norm = torch.cat([losses, norm.reshape(1).to(losses)]).tolist()
         slots = self._meter.take()
         if self.world.size == 1:
             self.heard = list(tell)
-            return losses_and_norm, norm, slots
-        total = self.world.sums([*losses_and_norm, own_norm**2, *slots, *tell])
-        first_told = len(total) - len(tell)
+            return own_losses, norm, slots
+        total = self.world.sums([*own_losses, own_norm**2, *slots, *tell])
+        first_told, at = len(total) - len(tell), len(own_losses)
         self.heard = total[first_told:]
-        return total[:2], torch.tensor(math.sqrt(total[2]), device=self.device), total[3:first_told]
+        return total[:at], torch.tensor(math.sqrt(total[at]), device=self.device), total[at + 1 : first_told]
 
     def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy and balancing losses of a part of a batch: two float32 scalars."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layer import moe_layers
+from moesaic.routing import LayerBalancing
 from moesaic.train.board import EventFile
 from moesaic.train.evaluate import DomainResult
 
@@ -24,6 +25,7 @@ class StepMetrics:
         step: steps done, this one included.
         loss: mean cross entropy in nats per token, float32; without the balancing losses.
         aux_loss: the balancing losses as they were added to it.
+        balancing: each of them by its name, mean over the layers, before its coefficient.
         grad_norm: before clipping.
         imbalance: largest over mean number of rows per expert, mean over the layers; 1 is even.
         worst_imbalance: that of the worst layer.
@@ -42,6 +44,7 @@ class StepMetrics:
     dropped: float
     tokens: int
     tokens_per_second: float
+    balancing: Mapping[str, float] = field(default_factory=dict)
 
 
 class RoutingMeter:
@@ -81,6 +84,23 @@ class RoutingMeter:
         return float(ratios_L.mean()), float(ratios_L.max()), share
 
 
+class BalanceMeter:
+    """The balancing losses of a model's last forward, by their names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = [module for module in model.modules() if isinstance(module, LayerBalancing)]
+        self.names = self._parts[0].loss_names if self._parts else []
+        self.over_batch = any(part.over_batch for part in self._parts)
+
+    def read(self, device: torch.device) -> Tensor:
+        """``[names]`` float32 on ``device``, mean over the layers, before the coefficients."""
+        if not self.names:
+            return torch.zeros(0, device=device)
+        nothing = torch.zeros((), device=device)
+        each = [torch.stack([part.losses.get(name, nothing).to(device) for part in self._parts]) for name in self.names]
+        return torch.stack(each).float().mean(dim=1)
+
+
 class NoLog:
     """Keeps nothing; what every rank but the first gets."""
 
@@ -114,9 +134,9 @@ class MetricsLog(NoLog):
     def step(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
         self._write({"kind": "step", **values})
-        self._board.scalars(
-            metrics.step, {f"train/{name}": value for name, value in values.items() if name not in ("step", "tokens")}
-        )
+        plain = {name: value for name, value in values.items() if name not in ("step", "tokens", "balancing")}
+        plain |= {f"balancing/{name}": value for name, value in metrics.balancing.items()}
+        self._board.scalars(metrics.step, {f"train/{name}": value for name, value in plain.items()})
 
     def validation(self, step: int, results: Mapping[str, DomainResult]) -> None:
         for domain, result in results.items():

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
 from moesaic.layer import moe_layers
+from moesaic.routing.schedule import with_steps
 from moesaic.train.recipe import Recipe, TrainSettings
 
 
@@ -87,7 +88,7 @@ def build_config(recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizer
         "num_experts_per_tok": m.top_k,
         "router": m.router,
         "router_options": dict(m.router_options),
-        "balancing": dict(m.balancing),
+        "balancing": with_steps(m.balancing, recipe.train.steps),
         "capacity_factor": m.capacity_factor,
         "expert_activation": m.activation,
         "expert_bias": m.expert_bias,

@@ -103,6 +103,10 @@ class TrainSettings(Section):
     steps: int = Field(1000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Sequences per optimizer step.")
     accumulation: int = Field(1, ge=1, description="Equal parts in which a batch is worked through; must divide it.")
+    exact_balancing: bool = Field(
+        False,
+        description="With accumulation, count the slots of the whole batch ahead of it, for balancers over the batch.",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate after warm-up.")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="Share of it that the cosine decay ends at.")
     warmup_steps: int | None = Field(

@@ -17,6 +17,7 @@ from moesaic.errors import ConfigError, UsageError
 from moesaic.train.recipe import DataSettings, Recipe, RunRecipe
 
 COMMAND_LINE = "the command line"
+_BALANCING = ["model", "balancing"]
 R = TypeVar("R", bound=RunRecipe)
 
 
@@ -26,7 +27,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), k
     Args:
         overrides: ``key=value`` each. The key is dotted (``train.steps``) or bare (``steps``: no two sections share
             one); the value is TOML, or a string where it is no TOML. A key of a table (``model.balancing.z_loss``)
-            adds to it.
+            adds to it, and one of a balancer (``model.balancing.z_loss.final``) makes a table of its coefficient.
 
     Raises:
         UsageError: where the file is missing or unreadable.
@@ -46,9 +47,11 @@ def override(recipe: R, overrides: Sequence[str]) -> R:
             raise ConfigError(f"{word!r} on {COMMAND_LINE} is not of the form key=value")
         *sections, key = _full_key(name.strip(), recipe)
         table = tables
-        for section in sections:
-            if not isinstance(table.get(section), dict):
-                table[section] = {}
+        for depth, section in enumerate(sections):
+            value = table.get(section)
+            if not isinstance(value, dict):
+                # A number is the coefficient of the table that its balancer may have instead.
+                table[section] = {"coefficient": value} if value is not None and sections[:depth] == _BALANCING else {}
             table = table[section]
         table[key] = _value(text)
     return _validated(tables, COMMAND_LINE, type(recipe))
@@ -127,8 +130,16 @@ def _validated(tables: dict[str, Any], where: str, kind: type[R]) -> R:
     try:
         return kind.model_validate(tables)
     except ValidationError as error:
-        lines = dict.fromkeys(_explained(dict(one), where, kind) for one in error.errors())
+        errors = [dict(one) for one in error.errors()]
+        lines = dict.fromkeys(_explained(one, where, kind) for one in errors if not _is_beside(one, errors))
         raise ConfigError("; ".join(lines)) from None
+
+
+def _is_beside(error: dict[str, Any], errors: Sequence[dict[str, Any]]) -> bool:
+    """Whether a value is no number, but a table in which an error says more."""
+    *place, last = error["loc"]
+    tables = [other["loc"] for other in errors if len(other["loc"]) > len(place) + 1]
+    return last in _BRANCHES and any(list(longer[: len(place)]) == place for longer in tables)
 
 
 def _explained(error: dict[str, Any], where: str, kind: type[RunRecipe]) -> str:
@@ -138,8 +149,8 @@ def _explained(error: dict[str, Any], where: str, kind: type[RunRecipe]) -> str:
     key = ".".join(location[:2])
     if key in kind.sections():
         return f"{key} is {error['input']!r} in {where}: it must be a table, [{key}]"
-    # Deeper parts of a location are a table's own keys, places in a list, or the branches of a union.
-    deeper = [part for part in location[2:3] if part not in ("bool", "int", "float", "str")]
+    # Deeper parts of a location are tables' own keys, places in a list, or the branches of a union.
+    deeper = [part for part in location[2:] if part not in _BRANCHES and "[" not in part]
     return f"{'.'.join([key, *deeper])} is {error['input']!r} in {where}: it must be {allowed(kind.known_keys()[key])}"
 
 
@@ -158,6 +169,7 @@ def _unknown(name: str, where: str, kind: type[RunRecipe]) -> ConfigError:
     return ConfigError(f"unknown recipe key {name!r} in {where}: {hint}{rest}")
 
 
+_BRANCHES = ("bool", "int", "float", "str")
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
 

@@ -1,0 +1,177 @@
+"""The balancers of one router at work: their coefficients, and the slots that they count over ranks and forwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moesaic.routing.balancing import acts_after_step, create_balancer, has_loss
+from moesaic.routing.router import Router
+from moesaic.routing.routing import Routing
+
+
+class LayerBalancing(nn.Module):
+    """The balancers of one router.
+
+    Buffers: ``slot_counts`` and ``batch_counts`` (``[E]`` int64) count the slots since the last optimizer step, for
+    balancers that act after it and for losses over the batch; they are zero between steps, hence not in checkpoints.
+    ``step`` (int64 scalar) are the optimizer steps done; it is there, and in checkpoints, where a coefficient varies.
+
+    Attributes:
+        losses: of the last forward, by balancer, before their coefficients: for reading, cut off from the graph.
+
+    Args:
+        balancing: as in :class:`moesaic.MoEConfig`.
+        num_experts: columns E of the router.
+    """
+
+    slot_counts: Tensor
+    batch_counts: Tensor
+    step: Tensor
+
+    def __init__(self, balancing: Mapping[str, Any], num_experts: int) -> None:
+        super().__init__()
+        self._parts = {name: create_balancer(name, entry) for name, entry in balancing.items()}
+        balancers = [balancer for balancer, _ in self._parts.values()]
+        self.loss_names = [name for name, (balancer, _) in self._parts.items() if has_loss(balancer)]
+        self.over_batch = any(balancer.over_batch for balancer in balancers)
+        self._acts = any(map(acts_after_step, balancers))
+        self._varies = any(planned.varies for _, planned in self._parts.values())
+        for name in ("slot_counts", "batch_counts"):
+            self.register_buffer(name, torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        if self._varies:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.losses: dict[str, Tensor] = {}
+        self._counting = False  # in a forward that only counts
+        self._ahead = False  # batch_counts is of the whole batch already
+        self._shared = False  # the last counts were of all ranks
+
+    def reset_parameters(self) -> None:
+        """As it was before the first step."""
+        nn.init.zeros_(self.slot_counts)
+        nn.init.zeros_(self.batch_counts)
+        if self._varies:
+            nn.init.zeros_(self.step)
+
+    def loss(self, asked: Routing, counts_E: Tensor | None = None) -> Tensor:
+        """Σ coefficient · loss of a forward's routing: a float32 scalar, 0 where there is none. Counts its slots.
+
+        Args:
+            asked: before a capacity dropped slots: a balancer must see what the router wants.
+            counts_E: ``[E]`` int64, slots that the tokens of all ranks asked for, where that is known.
+        """
+        total = asked.scores.new_zeros(())
+        if not self._parts:
+            return total
+        self._shared = counts_E is not None
+        counts_E = asked.counts() if counts_E is None else counts_E
+        if self._counting:
+            self.batch_counts += counts_E
+            return total
+        counts = self.training and not recomputing()
+        if self._acts and counts:
+            self.slot_counts += counts_E
+        batch_E = self._of_batch(counts_E, counts) if self.over_batch else counts_E
+        self.losses = {}
+        for name, (balancer, _) in self._parts.items():
+            loss = balancer.loss(asked, batch_E if balancer.over_batch else counts_E)
+            if loss is not None:
+                total = total + self.coefficient(name) * loss
+                self.losses[name] = loss.detach()
+        return total
+
+    def coefficient(self, name: str) -> float | Tensor:
+        """A balancer's coefficient in the step that is under way; a float32 scalar tensor where it varies."""
+        _, planned = self._parts[name]
+        return planned.at(self.step) if planned.varies else planned.coefficient
+
+    def after_step(self, router: Router) -> None:
+        """Let the balancers that work without a loss act, and begin the next step."""
+        if self._acts:
+            counts_E = self.slot_counts if self._shared else over_ranks(self.slot_counts)
+            for name, (balancer, _) in self._parts.items():
+                balancer.update(router, counts_E, self.coefficient(name))
+        self.slot_counts.zero_()
+        self.batch_counts.zero_()
+        self._ahead = False
+        if self._varies:
+            self.step += 1
+
+    def count(self) -> None:
+        """From here on forwards are counted only."""
+        self.batch_counts.zero_()
+        self._counting, self._ahead = True, False
+
+    def counted(self, whole: bool) -> None:
+        """The end of that.
+
+        Args:
+            whole: whether all forwards of the batch have been counted, so that what comes goes by it.
+        """
+        self._counting, self._ahead = False, whole
+        if not whole:
+            self.batch_counts.zero_()
+        elif not self._shared:
+            self.batch_counts.copy_(over_ranks(self.batch_counts))
+
+    def _of_batch(self, counts_E: Tensor, counts: bool) -> Tensor:
+        """``[E]``: the slots of the batch as far as they are known, these ones included."""
+        if not self.training:
+            return counts_E
+        if counts and not self._ahead:
+            self.batch_counts += counts_E if self._shared else over_ranks(counts_E)
+        return self.batch_counts.clone()  # a balancer may keep it for its backward, and the next forward adds to it
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={planned.coefficient}" for name, (_, planned) in self._parts.items())
+
+
+@contextlib.contextmanager
+def counting(model: nn.Module) -> Iterator[None]:
+    """A context for forwards that only count, so that losses over the batch are exact with gradient accumulation::
+
+        with moesaic.routing.counting(model):
+            for part in parts:
+                model(part)
+        for part in parts:
+            ...  # forward, loss, backward
+
+    Inside, there are no gradients. Afterwards, until :func:`moesaic.update_balancing`, balancers such as
+    ``global_load_balancing`` go by the slots of all these forwards, on all ranks; random numbers are drawn as if the
+    context had not been, so that dropout and noise choose the same experts again. It costs a forward without its
+    backward for each part; without such a balancer, nothing needs it. Of several ranks all do it together.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LayerBalancing) and module.over_batch]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    whole = False
+    for layer in layers:
+        layer.count()
+    try:
+        numbers = [device.index or 0 for device in devices]
+        with torch.random.fork_rng(numbers, device_type=kind), torch.no_grad():
+            yield
+        whole = True
+    finally:
+        for layer in layers:
+            layer.counted(whole)
+
+
+def over_ranks(counts_E: Tensor) -> Tensor:
+    """``[E]``: the sum over the ranks of the default process group; the counts themselves where there is none."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return counts_E
+    total_E = counts_E.clone()
+    dist.all_reduce(total_E)
+    return total_E
+
+
+def recomputing() -> bool:
+    """Whether this forward is done again for a backward that is under way (activation checkpointing)."""
+    # Compiled code recomputes without running any of this.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
