@@ -59,6 +59,8 @@ def command(
         print(skipped_line(report.skipped), file=sys.stderr)
     if report.text_changed:
         print(f"warning: the text has changed since {model} was trained on it", file=sys.stderr)
+    if report.not_causal:
+        print(f"warning: the figures are not those of a model that writes text: {report.not_causal}", file=sys.stderr)
     if as_json:
         print_json(report)
         return

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from moesaic.errors import ConfigError, DataError
+from moesaic.hf.causality import refuse_generation
 
 _DEFAULT_LENGTH = 128
 _FACTS = ("bos_token_id", "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
@@ -91,7 +92,9 @@ def generate(
     Raises:
         DataError: for a prompt without tokens, or one that leaves no room in the model's context.
         ConfigError: for ``chat`` where the tokenizer has no chat template.
+        UnsupportedError: for a model with a router that looks at later tokens.
     """
+    refuse_generation(model)
     message = {"role": "user", "content": prompt}
     ids = chat_ids(tokenizer, [message]) if chat else prompt_ids(tokenizer, prompt)
     ids_1S = torch.tensor([ids], device=model.device)

@@ -111,10 +111,9 @@ class CosineLoadBalancing(LoadBalancing):
     ``load_balancing``.
     """
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
         fixed_TE = routing.fixed_scores if isinstance(routing, CosineRouting) else None
-        return LoadBalancing.loss(routing if fixed_TE is None else replace(routing, scores=fixed_TE), counts_E)
+        return super().loss(routing if fixed_TE is None else replace(routing, scores=fixed_TE), counts_E)
 
     @staticmethod
     def check(router: type[Router]) -> None:

@@ -69,8 +69,7 @@ class Importance(Balancer):
     divided by the mean. Several ranks each even out their own tokens.
     """
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
         num_experts, weights = routing.num_experts, routing.weights.float().reshape(-1)
         sums = weights.new_zeros(num_experts + 1).index_add(0, routing.expert_ids.reshape(-1), weights)
         return _squared_cv(sums[:num_experts])
@@ -84,8 +83,7 @@ class Load(Balancer):
     its own noise drawn anew and the others' kept. Without noise (evaluation) there is no such estimate, and no loss.
     """
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor | None:
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor | None:
         if not isinstance(routing, NoisyRouting) or routing.noise_std is None or routing.top_k == routing.num_experts:
             return None  # with K = E every expert gets every token
         assert routing.logits is not None and routing.clean_logits is not None

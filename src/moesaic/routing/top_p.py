@@ -59,8 +59,7 @@ class Entropy(Balancer):
     experts are normalized per token first.
     """
 
-    @staticmethod
-    def loss(routing: Routing, counts_E: Tensor) -> Tensor:
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
         share_TE = routing.scores / routing.scores.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         # Below the smallest float's logarithm there is nothing to gain, and the gradient of 0 · log 0 is infinite.
         log_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny).log()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.experts.native import attention as native_attention
 from moesaic.hf import use_native_linears
+from moesaic.hf.causality import refuse_generation
 from moesaic.serve.attention import NAME, How, attention_by
 from moesaic.serve.isolation import isolated, needs_no_functions, refusal
 
@@ -138,6 +139,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedError: with the reason.
     """
+    refuse_generation(model)
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise _unsupported(model, "it is an encoder with a decoder")

@@ -20,7 +20,9 @@ from moesaic.data.documents import Skipped
 from moesaic.data.sources import STDLIB
 from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.errors import CheckpointError, ConfigError
+from moesaic.hf.causality import later_tokens_seen
 from moesaic.hf.load import load_model, model_folder
+from moesaic.layer import moe_layers
 from moesaic.train.loss import token_losses
 from moesaic.train.precision import autocast
 from moesaic.train.recipe import DataSettings, TextSettings
@@ -56,6 +58,8 @@ class Evaluation:
         skipped: what of the text could not be read.
         text_changed: a run's own text is no longer what it was trained on, so that what it held out may not be what is
             held out now.
+        not_causal: which router looks at later tokens, so that the perplexity is not that of a model that writes text;
+            "" where none does.
     """
 
     model: str
@@ -64,6 +68,7 @@ class Evaluation:
     domains: dict[str, DomainResult]
     skipped: list[Skipped]
     text_changed: bool = False
+    not_causal: str = ""
 
 
 @torch.no_grad()
@@ -202,7 +207,9 @@ def evaluate_folder(
         bytes_per_token=bytes_per_token(data, sides),
     )
     changed = sources is None and fingerprint not in (None, data.fingerprint)
-    return Evaluation(str(path), split, sequence_length, results, data.skipped, changed)
+    return Evaluation(
+        str(path), split, sequence_length, results, data.skipped, changed, later_tokens_seen(moe_layers(model))
+    )
 
 
 def _run_of(path: Path) -> tuple[TextSettings | None, str | None]:
