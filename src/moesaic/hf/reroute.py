@@ -58,7 +58,7 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
 
     The logits stay the model's own, its weights are not touched, and ``remove()`` of what is returned goes back to the
     model as it was. Experts that a token does not take are null slots, which cost nothing with
-    ``experts_implementation="moesaic"``. ``reroute(model, "top_p", top_k=8, threshold=0.6)`` lets a token take as many
+    ``experts_implementation="moesaic"`` (with any other one they are computed, and weigh nothing). ``reroute(model, "top_p", top_k=8, threshold=0.6)`` lets a token take as many
     experts as it needs, 8 at most; ``reroute(model, top_k=4)`` only changes the number.
 
     Options that the router shares with the model's own rule keep the model's value where they are not given:
@@ -166,6 +166,7 @@ class _Hook:
             self.router.get_buffer("selection_bias").copy_(rule.selection_bias)
         self.router.to(next(gate.module.parameters()).device)
         self.rule, self.tokens = rule, tokens
+        self.config = getattr(gate.experts, "config", None)
         self.scale = 1.0 if "scale" in known else rule.scale
         self.last: Routing | None = None
         self._try()
@@ -179,7 +180,11 @@ class _Hook:
             weights_TK = weights_TK * self.rule.expert_scale.to(weights_TK)[routing.expert_ids.clamp(max=last)]
         if not torch.compiler.is_compiling():
             self.last = routing.detach()
-        return logits, (weights_TK * self.scale).to(weights.dtype), routing.expert_ids
+        ids_TK = routing.expert_ids
+        if getattr(self.config, "_experts_implementation", "moesaic") != "moesaic":
+            # Not every implementation knows null slots: there they are computed, and count for nothing.
+            ids_TK = ids_TK.masked_fill(ids_TK == self.rule.num_experts, 0)
+        return logits, (weights_TK * self.scale).to(weights.dtype), ids_TK
 
     def route(self, logits_TE: Tensor) -> Routing:
         if not self.router.reads_context:
