@@ -47,7 +47,7 @@ def moe(
         before: the logits of the layer before (gating residual).
         counts: slots of all columns that the losses go by; those of ``x`` by default.
     """
-    kinds = [name for name, number in config.zero_computation_experts.items() for _ in range(number)]
+    kinds = [name for name, number in sorted(config.zero_computation_experts.items()) for _ in range(number)]
     num_ffn, columns, top_k = config.num_experts, config.num_experts + len(kinds), config.top_k
     ids, weights, probabilities, logits, margin = [], [], [], [], math.inf
     for t, token in enumerate(x):

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.experts.kinds import EXPERT_KINDS, ConstantExpert, ExpertKind, ZeroComputationExperts, check_kinds
+from moesaic.experts.kinds import (
+    EXPERT_KINDS,
+    ConstantExpert,
+    ExpertKind,
+    ZeroComputationExperts,
+    check_kinds,
+    columns_of,
+)
 from moesaic.routing import Routing
 
 D, FFN = 6, 3
@@ -138,7 +145,7 @@ class TestOwnKind:
     def test_only_tokens_that_chose_it_are_computed(self) -> None:
         experts = ZeroComputationExperts(D, {"zero": 1, "double": 2})
         routing = Routing(
-            torch.tensor([[0, 4], [5, 3], [4, 1], [6, 6]]), torch.full((4, 2), 0.5), torch.rand(4, 6), num_ffn=FFN
+            torch.tensor([[0, 3], [4, 5], [3, 1], [6, 6]]), torch.full((4, 2), 0.5), torch.rand(4, 6), num_ffn=FFN
         )
         x = torch.randn(4, D)
         torch.testing.assert_close(experts(x, routing), x * torch.tensor([[1.0], [1.0], [1.0], [0.0]]))
@@ -159,9 +166,15 @@ def test_what_cannot_be() -> None:
             ZeroComputationExperts(D, {"copy": wrong})  # type: ignore[dict-item]
 
 
+def test_the_order_of_the_mapping_does_not_matter() -> None:
+    """A configuration that has been to a file and back has its keys in another order."""
+    assert columns_of({"zero": 1, "constant": 2, "copy": 0}) == ["constant", "constant", "zero"]
+    assert experts_of({"zero": 1, "constant": 2}).kinds == experts_of({"constant": 2, "zero": 1}).kinds
+
+
 def test_names_of_the_parameters() -> None:
     assert list(experts_of().state_dict()) == [
         f"experts.{index}.{name}" for index in (0, 1) for name in ("vector", "gate")
     ]
     assert isinstance(experts_of().experts[0], ConstantExpert)
-    assert str(experts_of()).startswith("ZeroComputationExperts(\n  constant=2, zero=1, copy=1")
+    assert str(experts_of()).startswith("ZeroComputationExperts(\n  constant=2, copy=1, zero=1")

@@ -89,7 +89,8 @@ def test_three_layers_are_the_papers_with_their_gradients(normalize: bool) -> No
         torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     for router, gate in zip(routers, gates, strict=True):
         torch.testing.assert_close(router.weight.grad.double(), gate.grad, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
-    assert routers[0].residual.grad is None  # nothing comes before the first
+    assert routers[0].residual.grad is not None
+    assert not routers[0].residual.grad.any()  # nothing comes before the first
     for router, residual in zip(routers[1:], residuals[1:], strict=True):
         torch.testing.assert_close(router.residual.grad.double(), residual.grad, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -88,7 +87,7 @@ class ConstantExpert(ExpertKind):
 class ZeroComputationExperts(nn.Module):
     """The Z experts of a layer beside its feed-forward ones, on every rank whole (MoE++, section 3.1).
 
-    They take a router's columns from E on, in the order of the mapping.
+    They take a router's columns from E on, as :func:`columns_of` says.
 
     Args:
         kinds: name in ``EXPERT_KINDS`` to number, as ``MoEConfig.zero_computation_experts`` has it.
@@ -100,11 +99,10 @@ class ZeroComputationExperts(nn.Module):
     def __init__(self, d_model: int, kinds: Mapping[str, int]) -> None:
         super().__init__()
         check_kinds(kinds)
-        self.kinds = [name for name, number in kinds.items() for _ in range(number)]
+        self.kinds = columns_of(kinds)
         self.experts = nn.ModuleList(EXPERT_KINDS.get(name)(d_model) for name in self.kinds)
-        ends = list(accumulate(kinds.values()))
-        null = [EXPERT_KINDS.get(name).is_null for name in kinds]
-        self._null = [(end - kinds[name], end) for name, end, nothing in zip(kinds, ends, null, strict=True) if nothing]
+        ranges = [(self.kinds.index(name), kinds[name], EXPERT_KINDS.get(name).is_null) for name in set(self.kinds)]
+        self._null = [(start, start + number) for start, number, is_null in ranges if is_null]
         self._computing = [index for index, expert in enumerate(self.experts) if not expert.is_null]
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
@@ -147,6 +145,11 @@ class ZeroComputationExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={self.kinds.count(name)}" for name in dict.fromkeys(self.kinds))
+
+
+def columns_of(kinds: Mapping[str, int]) -> list[str]:
+    """The kind of each of a router's columns from E on: in the order of their names, for a file keeps no other."""
+    return [name for name in sorted(kinds) for _ in range(kinds[name])]
 
 
 def check_kinds(kinds: Mapping[str, int]) -> None:

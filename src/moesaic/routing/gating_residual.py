@@ -42,8 +42,11 @@ class GatingResidual(Router):
 
     def forward(self, x_TD: Tensor, top_k: int | None = None, context: RoutingContext | None = None) -> Routing:
         logits_TE = self.logits(x_TD)
-        if context is not None and context.carried is not None:
-            logits_TE = logits_TE + self._residual(context.carried, x_TD.shape[0])
+        before_TE = context.carried if context is not None else None
+        if before_TE is None and torch.is_grad_enabled():
+            before_TE = torch.zeros_like(logits_TE)  # so that W_g has a gradient, be it 0: ranks average it
+        if before_TE is not None:
+            logits_TE = logits_TE + self._residual(before_TE, x_TD.shape[0])
         scores_TE = logits_TE.softmax(dim=-1)
         weights_TK, expert_ids_TK = scores_TE.topk(self.slots(top_k), dim=-1)
         if self.normalize:
