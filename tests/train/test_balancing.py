@@ -37,7 +37,7 @@ def test_a_model_keeps_it(corpus: list[str], tmp_path: Path) -> None:
     model = MoesaicForCausalLM.from_pretrained(tmp_path).train()
     parts = [module for module in model.modules() if isinstance(module, LayerBalancing)]
     assert [int(part.step) for part in parts] == [3, 3]
-    assert not any(part.slot_counts.any() or part.batch_counts.any() for part in parts)
+    assert not any(part.slot_counts.any() for part in parts)
     ids = torch.arange(16)[None]
     assert model(ids).aux_loss == trainer.model(ids).aux_loss
 
@@ -109,13 +109,13 @@ def test_dropout_chooses_the_same_experts_again(corpus: list[str]) -> None:
         assert last.last_routing is not None
         if torch.is_grad_enabled():
             routed.append(last.last_routing.counts())
-            counted.append(last.balancers[0].batch_counts.clone())
+            counted.append(last.balancers[0].slot_counts.clone())
 
     last.register_forward_hook(note)
     trainer.train_step()
     assert torch.equal(routed[0] + routed[1], counted[0])
     assert torch.equal(counted[0], counted[1])
-    assert not last.balancers[0].batch_counts.any()
+    assert not last.balancers[0].slot_counts.any()
 
 
 @pytest.mark.parametrize("words", [[], ["router=sigmoid_topk", "model.balancing.bias_update=0.01"]])

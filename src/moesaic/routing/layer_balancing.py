@@ -18,9 +18,10 @@ from moesaic.routing.routing import Routing
 class LayerBalancing(nn.Module):
     """The balancers of one router.
 
-    Buffers: ``slot_counts`` and ``batch_counts`` (``[E]`` int64) count the slots since the last optimizer step, for
-    balancers that act after it and for losses over the batch; they are zero between steps, hence not in checkpoints.
-    ``step`` (int64 scalar) are the optimizer steps done; it is there, and in checkpoints, where a coefficient varies.
+    Its buffer ``slot_counts`` (``[E]`` int64) are the slots since the last optimizer step, where a balancer needs them:
+    of all ranks where one goes by the batch, or after :func:`moesaic.parallelize`, else of this process. They are zero
+    between steps, hence not in checkpoints. ``step`` (int64 scalar) are the optimizer steps done; it is there, and in
+    checkpoints, where a coefficient varies.
 
     Attributes:
         losses: of the last forward, by balancer, before their coefficients: for reading, cut off from the graph.
@@ -31,7 +32,6 @@ class LayerBalancing(nn.Module):
     """
 
     slot_counts: Tensor
-    batch_counts: Tensor
     step: Tensor
 
     def __init__(self, balancing: Mapping[str, Any], num_experts: int) -> None:
@@ -42,19 +42,17 @@ class LayerBalancing(nn.Module):
         self.over_batch = any(balancer.over_batch for balancer in balancers)
         self._acts = any(map(acts_after_step, balancers))
         self._varies = any(planned.varies for _, planned in self._parts.values())
-        for name in ("slot_counts", "batch_counts"):
-            self.register_buffer(name, torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("slot_counts", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         if self._varies:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.losses: dict[str, Tensor] = {}
         self._counting = False  # in a forward that only counts
-        self._ahead = False  # batch_counts is of the whole batch already
+        self._ahead = False  # slot_counts is of the whole batch already
         self._shared = False  # the last counts were of all ranks
 
     def reset_parameters(self) -> None:
         """As it was before the first step."""
         nn.init.zeros_(self.slot_counts)
-        nn.init.zeros_(self.batch_counts)
         if self._varies:
             nn.init.zeros_(self.step)
 
@@ -70,13 +68,11 @@ class LayerBalancing(nn.Module):
             return total
         self._shared = counts_E is not None
         counts_E = asked.counts() if counts_E is None else counts_E
+        self._count(counts_E)
         if self._counting:
-            self.batch_counts += counts_E
             return total
-        counts = self.training and not recomputing()
-        if self._acts and counts:
-            self.slot_counts += counts_E
-        batch_E = self._of_batch(counts_E, counts) if self.over_batch else counts_E
+        # Cloned, for a balancer may keep it for its backward, and the next forward adds to it.
+        batch_E = self.slot_counts.clone() if self.over_batch and self.training else counts_E
         self.losses = {}
         for name, (balancer, _) in self._parts.items():
             loss = balancer.loss(asked, batch_E if balancer.over_batch else counts_E)
@@ -84,6 +80,15 @@ class LayerBalancing(nn.Module):
                 total = total + self.coefficient(name) * loss
                 self.losses[name] = loss.detach()
         return total
+
+    def _count(self, counts_E: Tensor) -> None:
+        if not self._counting and (not self.training or self._ahead or recomputing()):
+            return
+        if self.over_batch and not self._shared:
+            # At once: then all ranks hold the same, and DistributedDataParallel may hand its buffers around.
+            counts_E = over_ranks(counts_E)
+        if self.over_batch or self._acts:
+            self.slot_counts += counts_E
 
     def coefficient(self, name: str) -> float | Tensor:
         """A balancer's coefficient in the step that is under way; a float32 scalar tensor where it varies."""
@@ -93,21 +98,21 @@ class LayerBalancing(nn.Module):
     def after_step(self, router: Router) -> None:
         """Let the balancers that work without a loss act, and begin the next step."""
         if self._acts:
-            counts_E = self.slot_counts if self._shared else over_ranks(self.slot_counts)
+            whole = self.over_batch or self._shared
+            counts_E = self.slot_counts if whole else over_ranks(self.slot_counts)
             for name, (balancer, _) in self._parts.items():
                 balancer.update(router, counts_E, self.coefficient(name))
         self.slot_counts.zero_()
-        self.batch_counts.zero_()
         self._ahead = False
         if self._varies:
             self.step += 1
 
-    def count(self) -> None:
-        """From here on forwards are counted only."""
-        self.batch_counts.zero_()
+    def begin_counting(self) -> None:
+        """From here on forwards are counted only, anew."""
+        self.slot_counts.zero_()
         self._counting, self._ahead = True, False
 
-    def counted(self, whole: bool) -> None:
+    def end_counting(self, whole: bool) -> None:
         """The end of that.
 
         Args:
@@ -115,17 +120,7 @@ class LayerBalancing(nn.Module):
         """
         self._counting, self._ahead = False, whole
         if not whole:
-            self.batch_counts.zero_()
-        elif not self._shared:
-            self.batch_counts.copy_(over_ranks(self.batch_counts))
-
-    def _of_batch(self, counts_E: Tensor, counts: bool) -> Tensor:
-        """``[E]``: the slots of the batch as far as they are known, these ones included."""
-        if not self.training:
-            return counts_E
-        if counts and not self._ahead:
-            self.batch_counts += counts_E if self._shared else over_ranks(counts_E)
-        return self.batch_counts.clone()  # a balancer may keep it for its backward, and the next forward adds to it
+            self.slot_counts.zero_()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={planned.coefficient}" for name, (_, planned) in self._parts.items())
@@ -151,7 +146,7 @@ def counting(model: nn.Module) -> Iterator[None]:
     kind = next(iter(devices)).type if devices else "cuda"
     whole = False
     for layer in layers:
-        layer.count()
+        layer.begin_counting()
     try:
         numbers = [device.index or 0 for device in devices]
         with torch.random.fork_rng(numbers, device_type=kind), torch.no_grad():
@@ -159,7 +154,7 @@ def counting(model: nn.Module) -> Iterator[None]:
         whole = True
     finally:
         for layer in layers:
-            layer.counted(whole)
+            layer.end_counting(whole)
 
 
 def over_ranks(counts_E: Tensor) -> Tensor:
