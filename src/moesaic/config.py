@@ -11,7 +11,7 @@ import torch
 from moesaic.errors import ConfigError
 from moesaic.experts import ACTIVATIONS
 from moesaic.routing import ROUTERS, check_balancing, create_router
-from moesaic.routing.router import is_of
+from moesaic.routing.options import is_of
 
 
 @dataclass

@@ -18,7 +18,7 @@ from moesaic.eager import is_eager
 from moesaic.errors import ConfigError
 from moesaic.registry import Registry
 from moesaic.routing import Routing
-from moesaic.routing.router import is_of
+from moesaic.routing.options import is_of
 
 EXPERT_KINDS: Registry[type[ExpertKind]] = Registry("expert kind")
 

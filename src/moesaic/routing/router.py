@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError, did_you_mean
+from moesaic.errors import ConfigError
 from moesaic.registry import Registry
+from moesaic.routing.options import check_options, is_of
 from moesaic.routing.routing import Routing
 
 ROUTERS: Registry[type[Router]] = Registry("router")
@@ -105,35 +104,12 @@ def check_top_k(top_k: int, num_experts: int) -> int:
     return top_k
 
 
-def check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuse options that the router ``name`` does not have, with the nearest one that it has, or of another type."""
-    router = ROUTERS.get(name)
-    parameters = inspect.signature(router).parameters.values()
-    allowed = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    types = get_type_hints(router.__init__)
-    for key, value in options.items():
-        if key not in allowed:
-            raise ConfigError(f"router {name!r} has no option {key!r}: {did_you_mean(key, allowed)}")
-        kind: Any = types.get(key)
-        if kind in _KINDS and not is_of(kind, value):
-            raise ConfigError(f"option {key!r} of router {name!r} is {value!r}: it must be {_KINDS[kind]}")
-
-
-_KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
-
-
-def is_of(kind: type, value: object) -> bool:
-    """Whether a setting's value is of its kind: True is no number, a whole number is a float too, NaN is none."""
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
 def create_router(name: str, d_model: int, num_experts: int, top_k: int, **options: Any) -> Router:
     """Build the router registered under ``name``.
 
     Raises:
         ConfigError: for an unknown router or option, ``top_k`` outside 1..E, or options that do not go together.
     """
-    check_options(name, options)
-    return ROUTERS.get(name)(d_model, num_experts, check_top_k(top_k, num_experts), **options)
+    kind = ROUTERS.get(name)
+    check_options(f"router {name!r}", kind, options)
+    return kind(d_model, num_experts, check_top_k(top_k, num_experts), **options)
