@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.inspect.traces import made_up_trace
 
 from moesaic.inspect import LayerTrace, RoutingTrace, analyze, spending_table
 from moesaic.inspect.findings import Finding, find, most_and_least
 from moesaic.inspect.kinds import KINDS, token_kinds
-from moesaic.inspect.spending import chunk_sparsity, experts_taken, free_taken, of_all, spending, varies
+from moesaic.inspect.spending import (
+    chunk_sparsity,
+    experts_taken,
+    free_taken,
+    of_all,
+    spending,
+    token_sparsity,
+    varies,
+)
+from moesaic.routing import Routing
+from moesaic.routing import locality as routing_locality
 
 ADAPTIVE: dict[str, Any] = {"null_share": 0.4, "adaptive": True, "zero_computation": ["zero", "copy"]}
 
@@ -58,6 +69,18 @@ def test_sparsity_of_tokens_and_of_chunks(trace: RoutingTrace) -> None:
                 chunk.append(1 - len(set().union(*own[i : i + 8])) / layer.num_experts)
         assert told["experts_per_token"]["sparsity"]["token"] == pytest.approx(np.mean(token), abs=1e-5)
         assert told["experts_per_token"]["sparsity"]["chunk"] == pytest.approx(np.mean(chunk), abs=1e-5)
+
+
+def test_sparsity_is_that_of_a_routing(trace: RoutingTrace) -> None:
+    for layer in trace.layers:
+        for passage in trace.passages:
+            ids_TK = torch.from_numpy(layer.expert_ids[passage.start : passage.stop]).clamp(max=layer.num_experts)
+            routing = Routing(ids_TK, torch.ones(ids_TK.shape), torch.ones(len(ids_TK), layer.num_experts))
+            own = [(passage.start, passage.stop)]
+            assert chunk_sparsity(layer, own) == pytest.approx(float(routing_locality.chunk_sparsity(routing)))
+        whole = torch.from_numpy(layer.expert_ids).clamp(max=layer.num_experts)
+        routing = Routing(whole, torch.ones(whole.shape), torch.ones(len(whole), layer.num_experts))
+        assert token_sparsity(layer) == pytest.approx(float(routing_locality.token_sparsity(routing)))
 
 
 def test_passages_shorter_than_a_chunk_have_none(trace: RoutingTrace) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.data import Document, check_fits
 from moesaic.errors import UnsupportedError, UsageError
+from moesaic.experts.kinds import columns_of
 from moesaic.hf import is_experts_module
 from moesaic.inspect.passages import cut_passages, vocabulary_of
 from moesaic.inspect.trace import LayerTrace, ModelFacts, Passage, RoutingTrace
@@ -128,8 +129,7 @@ class _Record:
         """The kind of each expert that follows the ``num_experts`` that compute."""
         if not isinstance(self.module, MoE):
             return []
-        kinds = self.module.config.zero_computation_experts
-        return [kind for kind, number in kinds.items() for _ in range(number)]
+        return columns_of(self.module.config.zero_computation_experts)
 
     def finish(self, num_tokens: int, logits_TE: Tensor | None) -> None:
         """After a forward: check that all ``num_tokens`` so far were routed once, and complete their entropy."""
