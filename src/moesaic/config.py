@@ -10,6 +10,7 @@ import torch
 
 from moesaic.errors import ConfigError
 from moesaic.experts import ACTIVATIONS
+from moesaic.experts.kinds import check_kinds
 from moesaic.routing import ROUTERS, check_balancing, create_router
 from moesaic.routing.options import is_of
 
@@ -34,9 +35,15 @@ class MoEConfig:
             default), ``shared_gate`` multiplies their sum by a sigmoid of the token.
         zero_computation_experts: kind to number (``{"zero": 1, "copy": 1, "constant": 2}``): what the router may choose
             beside the E experts; ``top_k`` may then be up to the number of both.
-        iterations: how often a token is routed, computed and added before it leaves, each time by another router.
-        expert_d_ffs: hidden width of each expert, where they differ; takes the place of ``d_ff``.
-        communication_width: width in which rows travel to the experts and back; ``d_model`` by default.
+        capacity_tau: rows that a feed-forward expert may take for one of a zero-computation expert's (MoE++).
+        iterations: how often a token is routed, computed and added before it leaves, each time by another router
+            (Chain-of-Experts, section 3).
+        expert_d_ffs: hidden width of each expert, where they differ; takes the place of ``d_ff``. Experts of equal
+            width are computed together where they stand next to each other.
+        communication_width: width in which rows travel to the experts and back, between a projection down and one up
+            that the layer's experts share (BigMac: A Communication-Efficient Mixture-of-Experts Model Structure for
+            Fast Training and Inference, equation 2); the router reads the tokens at their full width, as there. None:
+            rows are as wide as the tokens.
 
     Raises:
         ConfigError: for an unknown name, a value out of range, or settings that do not go together.
@@ -56,6 +63,7 @@ class MoEConfig:
     shared_d_ff: int | None = None
     shared_gate: bool = False
     zero_computation_experts: Mapping[str, int] = field(default_factory=dict)
+    capacity_tau: float = 1.0
     iterations: int = 1
     expert_d_ffs: Sequence[int] | None = None
     communication_width: int | None = None
@@ -76,9 +84,28 @@ class MoEConfig:
                 raise ConfigError(f"{name} is {value}: it must be at least {smallest}")
         if not is_of(float, self.capacity_factor):
             raise ConfigError(f"capacity_factor is {self.capacity_factor!r}: it must be finite")
+        if not (is_of(float, self.capacity_tau) and self.capacity_tau > 0):
+            raise ConfigError(f"capacity_tau is {self.capacity_tau!r}: it must be finite and above 0")
         if self.shared_gate and not self.num_shared_experts:
             raise ConfigError("shared_gate needs shared experts: num_shared_experts is 0")
+        check_kinds(self.zero_computation_experts)
+        self._check_widths()
+        if self.iterations > 1 and self.router == "given":
+            raise ConfigError(
+                f"iterations is {self.iterations}: each routes anew, but routes that are decided ahead of the layer "
+                "(router 'given', pre_gating 'stack') are for one"
+            )
         with torch.device("meta"):  # the router knows best what its options may be; without memory, this costs nothing
             create_router(self.router, self.d_model, self.num_choices, self.top_k, **self.router_options)
         check_balancing(self.balancing, ROUTERS.get(self.router))
         ACTIVATIONS.get(self.activation)
+
+    def _check_widths(self) -> None:
+        widths = self.expert_d_ffs
+        if widths is None:
+            return
+        good = isinstance(widths, Sequence) and all(is_of(int, width) and width >= 1 for width in widths)
+        if not good or len(widths) != self.num_experts:
+            raise ConfigError(
+                f"expert_d_ffs is {widths!r}: it must be num_experts = {self.num_experts} whole numbers from 1 on"
+            )

@@ -16,9 +16,10 @@ from moesaic import autotune  # noqa: F401  (makes "auto" tuned)
 from moesaic.config import MoEConfig
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError
-from moesaic.experts import Choice, ExpertBank, SharedExperts
+from moesaic.experts import Choice, SharedExperts
 from moesaic.experts.kinds import ZeroComputationExperts
 from moesaic.experts.slots import ExpertSlots
+from moesaic.experts.unequal import banks_of, experts_of_widths
 from moesaic.routing import (
     LayerBalancing,
     Router,
@@ -27,6 +28,7 @@ from moesaic.routing import (
     create_router,
     limit_capacity,
 )
+from moesaic.routing.capacity import ffn_factor
 
 
 class MoE(nn.Module):
@@ -39,6 +41,7 @@ class MoE(nn.Module):
     :func:`update_balancing` for a whole model: balancers without a loss act there.
     """
 
+    experts: Any  # an ExpertBank, or UnequalExperts
     last_routings: tuple[Routing, ...]
     aux_loss: Tensor
 
@@ -53,7 +56,12 @@ class MoE(nn.Module):
         if c.num_choices > c.num_experts:
             for router in self.routers:
                 router.num_ffn = c.num_experts
-        self.experts = ExpertBank(c.d_model, c.d_ff, c.num_experts, c.activation, c.bias)
+        width = c.communication_width or c.d_model
+        self.experts = experts_of_widths(width, c.expert_d_ffs or [c.d_ff] * c.num_experts, c.activation, c.bias)
+        self.descend: nn.Linear | None = None
+        self.ascend: nn.Linear | None = None
+        if c.communication_width is not None:
+            self.descend, self.ascend = nn.Linear(c.d_model, width, bias=False), nn.Linear(width, c.d_model, bias=False)
         self.zero_computation: ZeroComputationExperts | None = None
         if c.num_choices > c.num_experts:
             self.zero_computation = ZeroComputationExperts(c.d_model, c.zero_computation_experts)
@@ -78,10 +86,14 @@ class MoE(nn.Module):
     ) -> Tensor:
         """Route every token, run its experts, and sum what they say.
 
-        1. the router gives each token K experts and weights;
+        1. the router gives each token K experts and weights, unless the context brings routes decided ahead;
         2. tokens masked out, and slots beyond an expert's capacity, become null slots, which cost nothing;
         3. rows grouped by expert go through the chosen backend, and come back weighted and summed. After
            :func:`moesaic.parallelize` all ranks do so together, each for its own tokens.
+
+        With ``iterations`` above 1 the sum is added to the tokens, which the next router routes again, and so on
+        (Chain-of-Experts, section 3, equations 4 to 8; shared experts take part in each iteration). What is returned is
+        all that was added to ``x``, there x⁽ᶜ⁾ − x⁽⁰⁾, for the block around the layer adds its own input again.
 
         Args:
             x: ``[..., D]`` floating point.
@@ -90,29 +102,52 @@ class MoE(nn.Module):
             context: what the router may know beyond ``x``; its ``left`` is then what this one leaves to the next layer.
 
         Raises:
-            ConfigError: for a wrong width, a mask of another shape, or a ``top_k`` out of range.
+            ConfigError: for a wrong width, a mask of another shape, a ``top_k`` out of range, or routes given for other
+                tokens or experts.
         """
         x_TD = self._tokens(x)
-        context = context or RoutingContext()
-        features_TD = x_TD if context.features is None else self._tokens(context.features)
-        context.token_mask = None if token_mask is None else self._mask(token_mask, x)
+        told = context or RoutingContext()
+        context = replace(told)
         factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
-        asked = self._ask(self.router, features_TD, top_k, context, x)
+        context.token_mask = self._mask(token_mask, x)
+        if context.given is None:
+            asked = self.decide(x, top_k=top_k, token_mask=token_mask, context=context)
+        else:
+            asked = self._noted(context.routes_for(x_TD.shape[0], self.config.num_choices), context, x)
         first, *others = self.balancers
-        y_TD, routing, aux_loss = self._round(x_TD, asked, factor, first)
+        y_TD, routing, aux_loss = self._step(x_TD, asked, factor, first)
         routings = [routing]
         for router, balancing in zip(self.routers[1:], others, strict=True):
-            h_TD = x_TD + y_TD
-            asked = self._ask(router, h_TD, top_k, context, x)
-            more_TD, routing, more_loss = self._round(h_TD, asked, factor, balancing)
+            h_TD, context.carried = x_TD + y_TD, context.left
+            asked = self._noted(self._ask(router, h_TD, top_k, context), context, x)
+            more_TD, routing, more_loss = self._step(h_TD, asked, factor, balancing)
             y_TD, aux_loss = y_TD + more_TD, aux_loss + more_loss
             routings.append(routing)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        told.left = context.left
         # At the end: what activation checkpointing recomputes stops before it, and the losses of the forward stay.
         self.aux_loss, self.last_routings = aux_loss, tuple(routings)
         y: Tensor = y_TD.view(x.shape)
         return y
+
+    def decide(
+        self,
+        features: Tensor,
+        *,
+        top_k: int | None = None,
+        token_mask: Tensor | None = None,
+        context: RoutingContext | None = None,
+    ) -> Routing:
+        """The routes of the tokens whose features these are; :meth:`forward` takes them ahead of its own by
+        ``RoutingContext(given=...)``.
+
+        Args:
+            features: ``[..., D]`` floating point. The others are as :meth:`forward` takes them.
+        """
+        told = context or RoutingContext()
+        context = replace(told, token_mask=self._mask(token_mask, features))
+        routing = self._ask(self.router, self._tokens(features), top_k, context)
+        told.left = context.left
+        return self._noted(routing, context, features)
 
     @property
     def routers(self) -> list[Router]:
@@ -139,7 +174,8 @@ class MoE(nn.Module):
     @property
     def last_choice(self) -> Choice | None:
         """Which backend computed the last forward, and why; None before the first one."""
-        return self.experts.last_choice
+        choice: Choice | None = self.experts.last_choice
+        return choice
 
     @property
     def last_decision(self) -> Any:
@@ -151,54 +187,78 @@ class MoE(nn.Module):
         for balancing, router in zip(self.balancers, self.routers, strict=True):
             balancing.after_step(router)
 
-    def _ask(
-        self,
-        router: Router,
-        features_TD: Tensor,
-        top_k: int | None,
-        context: RoutingContext,
-        x: Tensor,
-    ) -> Routing:
-        """What a router decides, the tokens that are masked out aside; leaves what it carries in the context."""
+    def idle_parameters(self) -> int:
+        """Parameters of the feed-forward experts that a token does not meet, at least: it may take the widest ones,
+        others in each iteration, and with an adaptive router as many as that one may give it."""
+        sizes: list[int] = []
+        for bank, own in banks_of(self.experts, self.config.num_experts):
+            sizes += [sum(parameter.numel() for parameter in bank.parameters()) // len(own)] * len(own)
+        return sum(sorted(sizes, reverse=True)[self.config.top_k * self.config.iterations :])
+
+    def _ask(self, router: Router, features_TD: Tensor, top_k: int | None, context: RoutingContext) -> Routing:
+        """What a router decides; leaves what it carries in the context."""
         # Any module that gives a Routing will do in the router's place.
         told = (context,) if getattr(router, "reads_context", False) else ()
         routing: Routing = router(features_TD, top_k, *told)
-        context.carried = context.left = routing.carry
+        context.left = routing.carry
+        return routing
+
+    def _noted(self, routing: Routing, context: RoutingContext, x: Tensor) -> Routing:
+        """The routing with what only the layer knows; tokens that are masked out get no expert."""
         num_ffn = None if self.zero_computation is None else self.config.num_experts
         routing = replace(routing, num_ffn=num_ffn, sequence_length=x.shape[-2] if x.ndim > 2 else None)
         return routing if context.token_mask is None else routing.without(~context.token_mask.unsqueeze(1))
 
-    def _round(
+    def _step(
         self, x_TD: Tensor, asked: Routing, factor: float, balancing: LayerBalancing
     ) -> tuple[Tensor, Routing, Tensor]:
-        """``[T, D]``: the experts' weighted sum, without anything that every token gets; what was granted; the loss."""
-        routing = limit_capacity(asked, factor)
-        ffn = routing.first(self.config.num_experts)
-        if self.experts.__dict__.get("parallel") is None:
-            y_TD, counts_E = self.experts(x_TD, self._dispatch(ffn, factor)), None
-        else:
-            y_TD, counts_E = self._over_ranks(x_TD, asked, ffn)
+        """Once through the experts of all kinds: ``[T, D]`` of what they say; what was granted; the loss."""
+        routing = limit_capacity(asked, factor, self.config.capacity_tau)
+        rows_TX = x_TD if self.descend is None else self.descend(x_TD)
+        y_TX, counts_E = self._compute(rows_TX, asked, routing, factor)
+        y_TD = y_TX if self.ascend is None else self.ascend(y_TX)
         beside_TD = None if self.zero_computation is None else self.zero_computation(x_TD, routing)
         if beside_TD is not None:
             y_TD = y_TD + beside_TD.to(y_TD.dtype)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         # Before capacity dropped slots: a balancer must see what the router asked for, not what was granted.
         return y_TD, routing.detach(), balancing.loss(asked, counts_E)
 
-    def _dispatch(self, routing: Routing, capacity_factor: float) -> Dispatch:
-        # PEFT puts a wrapper in the bank's place, which knows its parameters only.
-        slots: ExpertSlots | None = getattr(self.experts, "slots", None)
-        if slots is None or slots.is_idle:
-            return Dispatch.from_routing(routing, capacity_factor)
-        # Without padding: the capacity that was granted is an expert's, whoever of its adapters' copies uses it.
-        return Dispatch.from_slots(slots.reroute(routing.expert_ids), routing.weights, slots.in_use)
+    def _compute(self, x_TD: Tensor, asked: Routing, routing: Routing, factor: float) -> tuple[Tensor, Tensor | None]:
+        """``[T, D]``: the weighted sum of the feed-forward experts. Over ranks also ``[E]``: the slots that the tokens
+        of all ranks asked for, which their exchange knows anyway."""
+        c = self.config
+        outputs, counts = [], []
+        for bank, own in banks_of(self.experts, c.num_experts):
+            part = routing.part(own)
+            if bank.__dict__.get("parallel") is None:
+                alike = len(own) == c.num_experts  # padding is for experts that are all alike
+                outputs.append(bank(x_TD, self._dispatch(bank, part, factor if alike else 0.0)))
+            else:
+                outputs.append(self._over_ranks(bank, x_TD, asked, part, own))
+                counts.append(bank.parallel.asked_E)
+        return sum(outputs[1:], outputs[0]), torch.cat(counts) if counts else None
 
-    def _over_ranks(self, x_TD: Tensor, asked: Routing, routing: Routing) -> tuple[Tensor, Tensor]:
-        """``[T, D]``, and ``[E]`` slots that the tokens of all ranks asked for, which their exchange knows anyway."""
+    def _dispatch(self, bank: Any, part: Routing, factor: float) -> Dispatch:
+        # PEFT puts a wrapper in the bank's place, which knows its parameters only.
+        slots: ExpertSlots | None = getattr(bank, "slots", None)
+        if slots is None or slots.is_idle:
+            c = self.config
+            own_factor = ffn_factor(factor, c.num_experts, c.num_choices - c.num_experts, c.capacity_tau)
+            return Dispatch.from_routing(part, own_factor)
+        # Without padding: the capacity that was granted is an expert's, whoever of its adapters' copies uses it.
+        return Dispatch.from_slots(slots.reroute(part.expert_ids), part.weights, slots.in_use)
+
+    def _over_ranks(self, bank: Any, x_TD: Tensor, asked: Routing, part: Routing, own: range) -> Tensor:
         from moesaic.parallel.sharding import forward_sharded  # its imports take a while
 
-        asked_E = asked.counts() if self.config.balancing and routing is not asked else None
-        y_TD = forward_sharded(self.experts, x_TD, routing.expert_ids, routing.weights, asked_E)
-        return y_TD, self.experts.parallel.asked_E
+        asked_E = None
+        if self.config.balancing and part is not asked:
+            # Experts of other kinds are on no rank: the last bank tells how often they were asked for.
+            end = None if own.stop == self.config.num_experts else own.stop
+            asked_E = asked.counts()[own.start : end]
+        return forward_sharded(bank, x_TD, part.expert_ids, part.weights, asked_E)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.config.d_model:
@@ -206,7 +266,9 @@ class MoE(nn.Module):
         return x.reshape(-1, self.config.d_model)
 
     @staticmethod
-    def _mask(token_mask: Tensor, x: Tensor) -> Tensor:
+    def _mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
+        if token_mask is None:
+            return None
         if token_mask.shape != x.shape[:-1]:
             raise ConfigError(f"token_mask has shape {list(token_mask.shape)}, but the tokens {list(x.shape[:-1])}")
         return token_mask.reshape(-1).bool()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -38,8 +39,10 @@ class MoesaicConfig(Qwen3MoeConfig):
     are replaced by ``router_options``, ``expert_activation`` and ``balancing``.
 
     ``pre_gating`` says what the routers read: ``"none"`` the input of the experts, ``"layer"`` that of the decoder
-    layer, before its attention (SmallThinker), ``"stack"`` that of the first decoder layer with experts, by one router
-    whose routes all layers take (Read-ME).
+    layer, before its attention (SmallThinker: A Family of Efficient Large Language Models Natively Trained for Local
+    Deployment; it reads the residual stream before the norm, as the authors' model does), ``"stack"`` that of the first
+    decoder layer with experts, by one router whose routes all layers take (Read-ME: Refactorizing LLMs as
+    Router-Decoupled Mixture of Experts with System Co-Design, section 2; see the router ``"given"``).
 
     Raises:
         ConfigError: for a value out of range, or settings that do not go together.
@@ -60,6 +63,7 @@ class MoesaicConfig(Qwen3MoeConfig):
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
     zero_computation_experts: dict[str, int] | None = None
+    capacity_tau: float = 1.0
     iterations: int = 1
     expert_d_ffs: list[int] | None = None
     communication_width: int | None = None
@@ -84,6 +88,8 @@ class MoesaicConfig(Qwen3MoeConfig):
         if heads % kv_heads:
             raise ConfigError(f"num_attention_heads is {heads}: num_key_value_heads = {kv_heads} must divide it")
         self.moe_config()
+        if self.pre_gating == "stack":
+            self._given(self.moe_config())
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: all settings but those that have no effect."""
@@ -93,15 +99,24 @@ class MoesaicConfig(Qwen3MoeConfig):
         """Whether the layer of that index has experts; otherwise its feed-forward is dense."""
         return layer not in (self.mlp_only_layers or []) and (layer + 1) % self.decoder_sparse_step == 0
 
-    def moe_config(self) -> MoEConfig:
-        """The settings of one MoE layer; checked on the way."""
-        return MoEConfig(
+    @property
+    def first_sparse_layer(self) -> int | None:
+        """The index of the first layer that has experts, if one has."""
+        return next((layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)), None)
+
+    def routes_ahead(self, layer: int) -> bool:
+        """Whether the router of the layer of that index decides before the layer's attention."""
+        return self.pre_gating == "layer" or (self.pre_gating == "stack" and layer == self.first_sparse_layer)
+
+    def moe_config(self, layer: int | None = None) -> MoEConfig:
+        """The settings of the MoE layer of that index, by default of the first one; checked on the way."""
+        config = MoEConfig(
             d_model=self.hidden_size,
             d_ff=self.moe_intermediate_size,
             num_experts=self.num_experts,
             top_k=self.num_experts_per_tok,
-            router=self.router if self.pre_gating != "stack" else "given",
-            router_options=self.router_options or {} if self.pre_gating != "stack" else {},
+            router=self.router,
+            router_options=self.router_options or {},
             balancing=self.balancing or {},
             capacity_factor=self.capacity_factor,
             activation=self.expert_activation,
@@ -110,7 +125,15 @@ class MoesaicConfig(Qwen3MoeConfig):
             shared_d_ff=self.shared_intermediate_size,
             shared_gate=self.shared_gate,
             zero_computation_experts=self.zero_computation_experts or {},
+            capacity_tau=self.capacity_tau,
             iterations=self.iterations,
             expert_d_ffs=self.expert_d_ffs,
             communication_width=self.communication_width,
         )
+        is_given = self.pre_gating == "stack" and layer not in (None, self.first_sparse_layer)
+        return self._given(config) if is_given else config
+
+    @staticmethod
+    def _given(config: MoEConfig) -> MoEConfig:
+        # What balances the routes is for the layer that decides them.
+        return replace(config, router="given", router_options={}, balancing={})

@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ExpertBank
 from moesaic.experts.kinds import ExpertKind
+from moesaic.hf.causality import refuse_generation, warn_of_training
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.layer import MoE, moe_layers
 from moesaic.routing import LayerBalancing, RoutePath, Router
@@ -38,11 +39,12 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
     def __init__(self, config: MoesaicConfig, layer_idx: int) -> None:
         super(Qwen3MoeDecoderLayer, self).__init__()
         self.layer_idx, self.pre_gating = layer_idx, config.pre_gating
+        self.routes_ahead = config.routes_ahead(layer_idx)
         self.hidden_size = config.hidden_size
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
         self.mlp: nn.Module  # type: ignore[assignment]
         if config.is_sparse(layer_idx):
-            self.mlp = MoE(config.moe_config())
+            self.mlp = MoE(config.moe_config(layer_idx))
         else:
             self.mlp = Qwen3MoeMLP(config, config.intermediate_size)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -57,9 +59,12 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
         **attention: Any,
     ) -> Tensor:
         """Qwen3-MoE's, and to the MoE layer go ``token_mask`` (``[B, S]`` boolean, False for padding) and, from
-        ``route_path``, what its router may know."""
+        ``route_path``, what its router may know. With pre-gating the routes are known before the attention begins."""
         path = route_path or RoutePath()
-        context = path.context(self.layer_idx, hidden_states if self.pre_gating == "layer" else None)
+        context = path.context(self.layer_idx, hidden_states.device)
+        if self.routes_ahead and isinstance(self.mlp, MoE):
+            context.given = self.mlp.decide(hidden_states, token_mask=token_mask, context=context)
+            path.given = context.given if self.pre_gating == "stack" else None
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -191,6 +196,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
         if layers:
             # With the layers spread over devices, theirs may be another than the head's, where the loss is.
             anchor: Any = outputs.logits if outputs.loss is None else outputs.loss
+            if self.training and not traced:
+                warn_of_training(layers)
             outputs.aux_loss = torch.stack([layer.aux_loss.to(anchor.device) for layer in layers]).sum()
         if outputs.loss is not None and outputs.aux_loss is not None:
             outputs.loss = outputs.loss + outputs.aux_loss
@@ -199,6 +206,11 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
                 layer.last_routing.logits for layer in layers if layer.last_routing
             )
         return outputs
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; refused for a router that looks at later tokens (:class:`UnsupportedError`)."""
+        refuse_generation(self)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(
         self,

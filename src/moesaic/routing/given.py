@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moesaic.errors import ConfigError
 from moesaic.routing.context import RoutingContext
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
@@ -14,10 +13,14 @@ from moesaic.routing.routing import Routing
 
 @ROUTERS.register("given")
 class Given(Router):
-    """The routing of the context, as it is (Read-ME, section 3.2: one pre-gating router for all layers).
+    """The routing of the context, as it is; without parameters, and without balancing: that is for who decided.
 
-    It has no parameters. :class:`moesaic.MoesaicForCausalLM` with ``pre_gating = "stack"`` uses it in every layer; a
-    layer of one's own gets its routes by ``layer(x, context=RoutingContext(given=routing))``.
+    Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with System Co-Design, section 2, equation 2: one
+    gating network G for all layers. With ``pre_gating = "stack"`` the first MoE layer of a
+    :class:`moesaic.MoesaicForCausalLM` has a router of any kind, which decides before that layer's attention, and all
+    the others have this one. There G is a transformer block with embeddings of its own, so that it sees the tokens
+    before; here it reads what enters the first layer with experts, which has seen as much as the layers before let it.
+    A layer of one's own gets its routes by ``layer(x, context=RoutingContext(given=routing))``.
     """
 
     reads_context: ClassVar[bool] = True
@@ -30,12 +33,4 @@ class Given(Router):
         """Nothing to draw."""
 
     def forward(self, x_TD: Tensor, top_k: int | None = None, context: RoutingContext | None = None) -> Routing:
-        routing = context.given if context is not None else None
-        if routing is None:
-            raise ConfigError("the router 'given' decides nothing: call the layer with RoutingContext(given=...)")
-        if routing.expert_ids.shape[0] != x_TD.shape[0] or routing.num_experts != self.num_experts:
-            raise ConfigError(
-                f"the given routing is for {routing.expert_ids.shape[0]} tokens and {routing.num_experts} experts, but "
-                f"the layer has {x_TD.shape[0]} tokens and {self.num_experts} experts"
-            )
-        return routing
+        return (context or RoutingContext()).routes_for(x_TD.shape[0], self.num_experts)

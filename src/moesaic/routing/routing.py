@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,17 +57,23 @@ class Routing:
             weights=self.weights.masked_fill(null_TK, 0.0),
         )
 
-    def first(self, num_experts: int) -> Routing:
-        """The same routing over the first ``num_experts`` experts only: slots with any other become null."""
-        if num_experts == self.num_experts:
+    def part(self, own: range) -> Routing:
+        """The same routing over the experts ``own`` alone, numbered from 0: slots with any other become null."""
+        if own == range(self.num_experts):
             return self
+        others_TK = (self.expert_ids < own.start) | (self.expert_ids >= own.stop)
         return replace(
             self,
-            expert_ids=self.expert_ids.clamp(max=num_experts),
-            weights=self.weights.masked_fill(self.expert_ids >= num_experts, 0.0),
-            scores=self.scores[:, :num_experts],
-            logits=None if self.logits is None else self.logits[:, :num_experts],
+            expert_ids=(self.expert_ids - own.start).masked_fill(others_TK, len(own)),
+            weights=self.weights.masked_fill(others_TK, 0.0),
+            scores=self.scores[:, own.start : own.stop],
+            logits=None if self.logits is None else self.logits[:, own.start : own.stop],
         )
+
+    def to(self, device: torch.device) -> Routing:
+        """The same routing on another device."""
+        moved: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def detach(self) -> Routing:
         """The same routing, cut off from the autograd graph, without what it carries."""

@@ -96,6 +96,7 @@ def build_config(recipe: Recipe, vocab_size: int, tokenizer: PreTrainedTokenizer
         "shared_intermediate_size": m.shared_d_ff,
         "shared_gate": m.shared_gate,
         "zero_computation_experts": dict(m.zero_computation_experts),
+        "capacity_tau": m.capacity_tau,
         "iterations": m.iterations,
         "expert_d_ffs": m.expert_d_ffs,
         "communication_width": m.communication_width,
@@ -151,10 +152,6 @@ def _needed(config: MoesaicConfig) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those that one token meets: of the routed experts only its top_k)."""
+    """(all parameters, those that one token meets at most: see :meth:`moesaic.MoE.idle_parameters`)."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for layer in moe_layers(model):
-        routed = sum(parameter.numel() for parameter in layer.experts.parameters())
-        idle += routed - routed * layer.config.top_k // layer.config.num_experts
-    return total, total - idle
+    return total, total - sum(layer.idle_parameters() for layer in moe_layers(model))

@@ -50,6 +50,9 @@ class ModelSettings(Section):
     zero_computation_experts: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="Kind (zero, copy, constant) to number of experts that cost nothing, beside num_experts."
     )
+    capacity_tau: float = Field(
+        1.0, gt=0, description="Rows that an expert may take for one of a zero-computation expert's (MoE++)."
+    )
     iterations: int = Field(1, ge=1, description="How often a layer routes a token, each time by another router.")
     expert_d_ffs: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="Hidden width of each expert, where they differ; in place of d_ff."

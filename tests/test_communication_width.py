@@ -1,0 +1,112 @@
+"""BigMac: rows go down before they travel to the experts, and up after they have come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from tests import reference
+from torch import Tensor
+
+import moesaic
+from moesaic import MoE, MoEConfig
+from moesaic.errors import ConfigError
+
+D, NARROW, F = 12, 3, 20
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "relu": {"activation": "relu", "bias": True},
+    "shared at full width": {"num_shared_experts": 1},
+    "sigmoid": {"router": "sigmoid_topk", "balancing": {"load_balancing": 0.1}},
+    "one expert": {"num_experts": 1, "top_k": 1},
+    "every expert": {"top_k": 4},
+    "as wide as the model": {"communication_width": D},
+    "wider": {"communication_width": 2 * D},
+}
+
+
+def layer_of(**changes: Any) -> MoE:
+    torch.manual_seed(0)
+    sizes = {"d_model": D, "d_ff": F, "num_experts": 4, "top_k": 2, "communication_width": NARROW}
+    layer = MoE(MoEConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        layer.router.weight.normal_()
+        for name, parameter in layer.named_parameters():
+            if "bias" in name:
+                parameter.normal_()
+    return layer.double()
+
+
+def bigmac(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> Tensor:
+    """x' = x W'↓; y' = Σ_{i ∈ T} p_i(x) E_i(x'); y = y' W'↑ (equation 2): the router reads x at full width."""
+    names = reference.Settings.__dataclass_fields__
+    settings = reference.Settings(**{name: getattr(config, name) for name in names})
+    rows = []
+    for token in x:
+        logits = [(token * row).sum() for row in parameters["router.weight"]]
+        taken, weights, _, margin = reference.choose(logits, parameters, settings)
+        assert margin > 1e-6
+        low = parameters["descend.weight"] @ token
+        total = 0 * low
+        for e, weight in zip(taken, weights, strict=True):
+            total = total + weight * reference.expert(low, parameters, e, config.activation)
+        rows.append(parameters["ascend.weight"] @ total + reference.shared(token, parameters, settings))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_against_the_formulas(variant: str) -> None:
+    layer = layer_of(**VARIANTS[variant])
+    x = torch.randn(9, D, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(9, D, dtype=torch.float64)
+    y = layer(x)
+    (y * upstream).sum().backward()
+    parameters = {name: value.detach().clone() for name, value in layer.state_dict().items()}
+    for name, _ in layer.named_parameters():
+        parameters[name].requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    wanted = bigmac(again, parameters, layer.config)
+    (wanted * upstream).sum().backward()
+    assert reference.relative_error(y, wanted) < 1e-5
+    assert x.grad is not None and again.grad is not None
+    assert reference.relative_error(x.grad, again.grad) < 1e-5
+    for name, parameter in layer.named_parameters():
+        expected = parameters[name].grad
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert (got - (0 if expected is None else expected)).abs().max() < 1e-5, name
+
+
+def test_the_experts_see_narrow_rows() -> None:
+    layer = layer_of()
+    assert (layer.experts.d_model, layer.experts.d_ff) == (NARROW, F)
+    assert list(layer.experts.up.shape) == [4, 2 * F, NARROW]
+    # Table 3: two projections more than experts of the same size have, whatever the number of experts.
+    extra = sum(p.numel() for name, p in layer.named_parameters() if name.startswith(("descend", "ascend")))
+    assert extra == 2 * D * NARROW
+
+
+def test_no_tokens_and_bf16() -> None:
+    layer = layer_of()
+    assert list(layer(torch.zeros(0, D, dtype=torch.float64)).shape) == [0, D]
+    x = torch.randn(2, 5, D)
+    wanted = layer.float()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reference.relative_error(layer(x), wanted) < 0.05
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_backends_agree() -> None:
+    layer, x = layer_of().float(), torch.randn(16, D)
+    answers = []
+    for backend in ("loop", "grouped"):
+        with moesaic.use_backend(backend):
+            answers.append(layer(x))
+    torch.testing.assert_close(*answers)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, True])
+def test_the_width_is_a_whole_number(value: Any) -> None:
+    with pytest.raises(ConfigError, match="communication_width"):
+        MoEConfig(d_model=4, d_ff=4, num_experts=2, communication_width=value)
