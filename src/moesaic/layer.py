@@ -29,6 +29,7 @@ from moesaic.routing import (
     limit_capacity,
 )
 from moesaic.routing.capacity import ffn_factor
+from moesaic.routing.compaction import compact
 
 
 class MoE(nn.Module):
@@ -246,7 +247,8 @@ class MoE(nn.Module):
         if slots is None or slots.is_idle:
             c = self.config
             own_factor = ffn_factor(factor, c.num_experts, c.num_choices - c.num_experts, c.capacity_tau)
-            return Dispatch.from_routing(part, own_factor)
+            # Padded, an expert's capacity hangs on the number of slots.
+            return Dispatch.from_routing(part if own_factor > 0 else compact(part), own_factor)
         # Without padding: the capacity that was granted is an expert's, whoever of its adapters' copies uses it.
         return Dispatch.from_slots(slots.reroute(part.expert_ids), part.weights, slots.in_use)
 

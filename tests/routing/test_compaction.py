@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic import Dispatch, Routing
+import moesaic
+from moesaic import Dispatch, Routing, layer
 from moesaic.routing.compaction import compact
 
 
@@ -97,3 +98,39 @@ def test_nothing_is_read_while_compiling() -> None:
     compiled = torch.compile(widths, backend="eager", fullgraph=True)
     assert compiled(routing.expert_ids, routing.weights).shape == (300, 6)
     assert widths(routing.expert_ids, routing.weights).shape[1] < 6
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "native"])
+def test_a_layer_with_a_slot_for_each_expert(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend not in moesaic.experts.available():
+        pytest.skip(f"{backend} cannot run here")
+    torch.manual_seed(0)
+    config = moesaic.MoEConfig(d_model=16, d_ff=8, num_experts=16, top_k=16, router="relu", activation="relu")
+    moe = moesaic.MoE(config)
+    torch.nn.init.normal_(moe.router.weight, std=0.5)
+    x_TD = torch.randn(128, 16)
+    shift = torch.full((16,), -2.5)  # few logits stay positive
+    moe.router.logit_shift = shift
+    seen = []
+    from_routing = Dispatch.from_routing
+    monkeypatch.setattr(
+        Dispatch,
+        "from_routing",
+        staticmethod(lambda routing, factor: seen.append(routing) or from_routing(routing, factor)),
+    )
+    with moesaic.use_backend(backend):
+        found = moe(x_TD)
+        found.square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in moe.parameters()]
+    assert 1 <= seen[0].top_k < 12
+    assert moe.last_routing.top_k == 16
+    moe.zero_grad()
+    monkeypatch.setattr(layer, "compact", lambda routing: routing)
+    with moesaic.use_backend(backend):
+        expected = moe(x_TD)
+        expected.square().sum().backward()
+    assert seen[1].top_k == 16
+    assert torch.equal(found, expected)
+    for gradient, parameter in zip(gradients, moe.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+    assert any((gradient != 0).any() for gradient in gradients)
