@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
+
+from moesaic.errors import ConfigError
+
+Steps = Annotated[int | None, typer.Option(help="Gradient steps of each optimization.", show_default="5")]
+Rate = Annotated[float | None, typer.Option(help="About how far a step moves a logit.", show_default="0.05")]
+Interval = Annotated[
+    int | None,
+    typer.Option(help="New tokens between two optimizations; 0 for the prompt only.", show_default="128"),
+]
+Layers = Annotated[
+    float | None, typer.Option(help="The share of the layers that adapt, the most confident.", show_default="0.5")
+]
+Tokens = Annotated[
+    int | None, typer.Option(help="Read at most so many tokens of the context.", show_default="2048, the last ones")
+]
 
 
 def command(
@@ -25,6 +41,14 @@ def command(
         str, typer.Option(help="An adapter of the model, to be used with it: its folder, or that of its run.")
     ] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Format the prompt by the model's chat template.")] = False,
+    rewire: Annotated[
+        bool, typer.Option("--rewire", help="Let the routers adapt to the prompt, and to the text as it grows.")
+    ] = False,
+    rewire_steps: Steps = None,
+    rewire_learning_rate: Rate = None,
+    rewire_interval: Interval = None,
+    rewire_layers: Layers = None,
+    rewire_max_tokens: Tokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Continue a prompt with our model or any causal language model of transformers on disk."""
@@ -33,6 +57,14 @@ def command(
     from moesaic.hf.load import load_model
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    rewiring = _rewiring(
+        rewire,
+        steps=rewire_steps,
+        learning_rate=rewire_learning_rate,
+        interval=rewire_interval,
+        layers=rewire_layers,
+        max_tokens=rewire_max_tokens,
+    )
     text = sys.stdin.read() if prompt == "-" else prompt
     if adapter:
         from moesaic.adapters.merging import load_adapted
@@ -41,9 +73,24 @@ def command(
     else:
         loaded, tokenizer = load_model(model)
     if as_json:
-        print_json(generate(loaded, tokenizer, text, sampling, chat=chat))
+        print_json(generate(loaded, tokenizer, text, sampling, chat=chat, rewire=rewiring))
         return
     if not chat:
         print(text, end="", flush=True)
-    generate(loaded, tokenizer, text, sampling, chat=chat, on_text=lambda piece: print(piece, end="", flush=True))
+    say = partial(print, end="", flush=True)
+    generate(loaded, tokenizer, text, sampling, chat=chat, on_text=say, rewire=rewiring)
     print()
+
+
+def _rewiring(wanted: bool, **settings: Any) -> Any:
+    """The settings that were given; None without ``--rewire``.
+
+    Raises:
+        ConfigError: for a setting without it, or out of range.
+    """
+    from moesaic.hf.rewiring import Rewiring
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given and not wanted:
+        raise ConfigError(f"--rewire-{next(iter(given)).replace('_', '-')} needs --rewire")
+    return Rewiring(**given) if wanted else None

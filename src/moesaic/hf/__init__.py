@@ -18,6 +18,7 @@ from moesaic.hf.freezing import freeze
 from moesaic.hf.linears import use_native_linears
 from moesaic.hf.modeling import MoesaicForCausalLM, MoesaicModel
 from moesaic.hf.quantization import QuantizationConfig, quantize
+from moesaic.hf.rewiring import Rewirer, Rewiring
 
 if TYPE_CHECKING:
     from moesaic.hf.state import full_state_dict, to_checkpoint
@@ -34,6 +35,8 @@ __all__ = [
     "MoesaicForCausalLM",
     "MoesaicModel",
     "QuantizationConfig",
+    "Rewirer",
+    "Rewiring",
     "export_qwen3_moe",
     "freeze",
     "full_state_dict",

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moesaic.errors import ConfigError, DataError
 from moesaic.hf.causality import refuse_generation
+from moesaic.hf.rewiring import Rewired, Rewiring, generate_rewired
 
 _DEFAULT_LENGTH = 128
 _FACTS = ("bos_token_id", "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
@@ -64,7 +65,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """What :func:`generate` made; ``seconds`` covers prompt and new tokens, ``finish_reason`` is "stop" or "length"."""
+    """What :func:`generate` made; ``seconds`` covers prompt and new tokens, ``finish_reason`` is "stop" or "length".
+
+    ``rewired`` is what each optimization of the routing did; None without ``rewire``.
+    """
 
     prompt: str
     text: str
@@ -72,6 +76,7 @@ class Generated:
     new_tokens: int
     finish_reason: str
     seconds: float
+    rewired: list[Rewired] | None = None
 
 
 def generate(
@@ -82,17 +87,19 @@ def generate(
     *,
     chat: bool = False,
     on_text: Callable[[str], object] | None = None,
+    rewire: Rewiring | None = None,
 ) -> Generated:
     """Continue a prompt.
 
     Args:
         chat: take the prompt as a user's message and format it by the tokenizer's chat template.
         on_text: called with each piece of new text as soon as it is whole.
+        rewire: let the routers adapt to the prompt, and to the text as it grows (:mod:`moesaic.hf.rewiring`).
 
     Raises:
         DataError: for a prompt without tokens, or one that leaves no room in the model's context.
         ConfigError: for ``chat`` where the tokenizer has no chat template.
-        UnsupportedError: for a model with a router that looks at later tokens.
+        UnsupportedError: for a model with a router that looks at later tokens, or one that cannot be rewired.
     """
     refuse_generation(model)
     message = {"role": "user", "content": prompt}
@@ -100,17 +107,22 @@ def generate(
     ids_1S = torch.tensor([ids], device=model.device)
     prompt_tokens = ids_1S.shape[1]
     max_new_tokens = _length(model, prompt_tokens, sampling.max_new_tokens)
+    arguments = sampling.arguments() | {
+        "streamer": _Streamer(tokenizer, on_text) if on_text else None,
+        "pad_token_id": _first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
+        "max_new_tokens": max_new_tokens,
+    }
     set_seed(sampling.seed)
     start = time.perf_counter()
-    with torch.inference_mode(), _own_generation_config(model):
-        output = model.generate(  # type: ignore[operator]
-            ids_1S,
-            attention_mask=torch.ones_like(ids_1S),
-            streamer=_Streamer(tokenizer, on_text) if on_text else None,
-            pad_token_id=_first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
-            max_new_tokens=max_new_tokens,
-            **sampling.arguments(),
-        )
+    ends, rewired = end_ids(model), None
+    with _own_generation_config(model):
+        if rewire is not None:
+            output, rewired = generate_rewired(model, ids_1S, rewire, ends=ends, **arguments)
+        else:
+            with torch.inference_mode():
+                output = model.generate(  # type: ignore[operator]
+                    ids_1S, attention_mask=torch.ones_like(ids_1S), **arguments
+                )
     seconds = time.perf_counter() - start
     new_ids = output[0, prompt_tokens:].tolist()
     return Generated(
@@ -118,8 +130,9 @@ def generate(
         text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
         prompt_tokens=prompt_tokens,
         new_tokens=len(new_ids),
-        finish_reason="stop" if new_ids and new_ids[-1] in end_ids(model) else "length",
+        finish_reason="stop" if new_ids and new_ids[-1] in ends else "length",
         seconds=seconds,
+        rewired=rewired,
     )
 
 

@@ -58,8 +58,9 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
 
     The logits stay the model's own, its weights are not touched, and ``remove()`` of what is returned goes back to the
     model as it was. Experts that a token does not take are null slots, which cost nothing with
-    ``experts_implementation="moesaic"`` (with any other one they are computed, and weigh nothing). ``reroute(model, "top_p", top_k=8, threshold=0.6)`` lets a token take as many
-    experts as it needs, 8 at most; ``reroute(model, top_k=4)`` only changes the number.
+    ``experts_implementation="moesaic"``; with any other one they are computed, and weigh nothing.
+    ``reroute(model, "top_p", top_k=8, threshold=0.6)`` lets a token take as many experts as it needs, 8 at most;
+    ``reroute(model, top_k=4)`` only changes the number.
 
     Options that the router shares with the model's own rule keep the model's value where they are not given:
     ``normalize``, ``scale`` (which is kept where a router has no such option), ``num_groups``, ``top_groups``, and the
