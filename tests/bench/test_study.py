@@ -24,7 +24,7 @@ from tests.train import tiny
 from moesaic.bench.study import runs
 from moesaic.bench.study.entries import Entry, chosen, load_entries
 from moesaic.bench.study.figures import LINE
-from moesaic.bench.study.measure import expert_sizes, measure_routing
+from moesaic.bench.study.measure import measure_routing
 from moesaic.bench.study.runs import Task, run_all, tasks, work
 from moesaic.bench.study.speed import measure_speed, middle, ratio
 from moesaic.errors import ConfigError, Interrupted
@@ -120,28 +120,37 @@ def test_names_are_chosen_in_the_order_of_the_table() -> None:
 # Measuring
 
 
-def test_the_routing_is_counted_by_domain(corpus: list[str]) -> None:
-    """Against a loop over windows, layers and slots."""
-    recipe = small(corpus, "softmax_top3").recipe
+@pytest.mark.parametrize("name", ["softmax_top3", "top_p", "moepp", "unequal", "chain", "bigmac"])
+def test_the_routing_is_counted_by_domain(name: str, corpus: list[str]) -> None:
+    """Against loops over windows, layers, iterations and slots."""
+    recipe = small(corpus, name).recipe
     data = tiny.data_of(recipe)
-    model = build_model(recipe, data.vocab_size, data.tokenizer, tiny.CPU)
+    model = build_model(recipe, data.vocab_size, data.tokenizer, tiny.CPU).eval()
     found = measure_routing(model, data.validation, sequence_length=16, batch_size=4, precision="fp32", max_tokens=64)
-    assert found["experts"] == {"sums": 3.0, "words": 3.0}
-    assert found["zero"] == {"sums": 0.0, "words": 0.0}
-    routed = sum(int(expert_sizes(layer).sum()) for layer in moe_layers(model))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert found["active_parameters"] == pytest.approx(total - routed + routed * 3 / 8)
-    loads = []
-    for domain in ("sums", "words"):
+    layers, c = moe_layers(model), moe_layers(model)[0].config
+    widths = c.expert_d_ffs or [c.d_ff] * c.num_experts
+    slots, met = {"sums": [0, 0], "words": [0, 0]}, 0
+    loads_DLE = np.zeros((2, len(layers), c.num_experts))
+    for d, domain in enumerate(slots):
         ids = data.validation[domain]
         starts = [number * ((len(ids) - 1) // 16) // 4 * 16 for number in range(4)]
         rows = torch.tensor(np.stack([ids[at : at + 16] for at in starts]).astype(np.int64))
         with torch.no_grad():
-            model.eval()(input_ids=rows, use_cache=False)
-        loads.append(
-            [np.bincount(layer.last_routing.expert_ids.flatten(), minlength=8) / 192 for layer in moe_layers(model)]
-        )
-    mean_LE = np.mean(loads, axis=0)
+            model(input_ids=rows, use_cache=False)
+        for number, layer in enumerate(layers):
+            for expert in [int(slot) for routing in layer.last_routings for slot in routing.expert_ids.flatten()]:
+                if expert < c.num_experts:
+                    slots[domain][0] += 1
+                    met += 3 * (c.communication_width or c.d_model) * widths[expert]
+                    loads_DLE[d, number, expert] += 1
+                elif expert < c.num_choices:
+                    slots[domain][1] += 1
+    assert found["experts"] == pytest.approx({domain: each[0] / 64 / 2 for domain, each in slots.items()})
+    assert found["zero"] == pytest.approx({domain: each[1] / 64 / 2 for domain, each in slots.items()})
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routed = sum(parameter.numel() for layer in layers for parameter in layer.experts.parameters())
+    assert found["active_parameters"] == pytest.approx(total - routed + met / 128)
+    mean_LE = (loads_DLE / loads_DLE.sum(axis=-1, keepdims=True)).mean(axis=0)
     assert found["imbalance"] == pytest.approx(np.mean(mean_LE.max(1) / mean_LE.mean(1)))
     assert 0 <= found["specialization"] <= 1
 
