@@ -99,7 +99,7 @@ def say(token: Tensor, parameters: Mapping[str, Tensor], e: int, kinds: list[str
         return token
     assert kind == "constant"
     name = f"zero_computation.experts.{e - config.num_experts}"
-    gates = [torch.exp((row * token).sum()) for row in parameters[f"{name}.gate"]]
+    gates = [torch.exp((row * token).sum()) for row in parameters[f"{name}.weight"]]
     return (gates[0] * token + gates[1] * parameters[f"{name}.vector"]) / (gates[0] + gates[1])
 
 

@@ -52,7 +52,7 @@ def slow(x: Tensor, weights: Tensor, ids: list[list[int]], experts: ZeroComputat
                 y = y + weight * token
             elif kind == "constant":
                 expert: Any = experts.experts[e - FFN]
-                logits = [(line * token).sum().exp() for line in expert.gate]
+                logits = [(line * token).sum().exp() for line in expert.weight]
                 y = y + weight * (logits[0] * token + logits[1] * expert.vector) / sum(logits)
         outputs.append(y)
     return torch.stack(outputs)
@@ -174,7 +174,7 @@ def test_the_order_of_the_mapping_does_not_matter() -> None:
 
 def test_names_of_the_parameters() -> None:
     assert list(experts_of().state_dict()) == [
-        f"experts.{index}.{name}" for index in (0, 1) for name in ("vector", "gate")
+        f"experts.{index}.{name}" for index in (0, 1) for name in ("vector", "weight")
     ]
     assert isinstance(experts_of().experts[0], ConstantExpert)
     assert str(experts_of()).startswith("ZeroComputationExperts(\n  constant=2, copy=1, zero=1")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moesaic.dispatch import Dispatch
 from moesaic.eager import is_eager
 from moesaic.errors import ConfigError
+from moesaic.experts.row_invariance import is_row_invariant
 from moesaic.registry import Registry
 from moesaic.routing import Routing
 from moesaic.routing.options import is_of
@@ -65,22 +66,22 @@ class CopyExpert(ExpertKind):
 class ConstantExpert(ExpertKind):
     """Replaces the token: a₁·x + a₂·v with [a₁, a₂] = softmax(W_c·x) (MoE++, section 3.1, equation 5).
 
-    Parameters: ``vector`` (v, ``[D]``) and ``gate`` (W_c, ``[2, D]``). Both are drawn as the model's other weights are;
-    the published code draws v from a standard normal distribution.
+    Parameters: ``vector`` (v, ``[D]``) and ``weight`` (W_c, ``[2, D]``). Both are drawn as the model's other weights
+    are; the published code draws v from a standard normal distribution.
     """
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
         self.vector = nn.Parameter(torch.empty(d_model))
-        self.gate = nn.Parameter(torch.empty(2, d_model))
+        self.weight = nn.Parameter(torch.empty(2, d_model))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
         nn.init.normal_(self.vector, std=std)
-        nn.init.normal_(self.gate, std=std)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        shares_N2 = nn.functional.linear(x_ND, self.gate).float().softmax(dim=-1).to(x_ND.dtype)
+        shares_N2 = nn.functional.linear(x_ND, self.weight).float().softmax(dim=-1).to(x_ND.dtype)
         return shares_N2[:, :1] * x_ND + shares_N2[:, 1:] * self.vector.to(x_ND.dtype)
 
 
@@ -129,10 +130,10 @@ class ZeroComputationExperts(nn.Module):
         dispatch = Dispatch.from_slots(ids_TK, weights_TK.masked_fill(null_TK, 0.0), len(self.kinds))
         x_ND, counts = dispatch.gather(x_TD), dispatch.counts.tolist()
         *rows, nobodys_ND = x_ND.split([*counts, x_ND.shape[0] - sum(counts)])
-        # In training also those that nobody chose: on another rank somebody may have, and gradients are averaged.
-        parts = [
-            self.experts[index](rows[index]) for index in self._computing if counts[index] or torch.is_grad_enabled()
-        ]
+        # In training also those that nobody chose: on another rank somebody may have, and gradients are averaged. What
+        # isolation has seen in one forward must be all that there is.
+        every = torch.is_grad_enabled() or is_row_invariant()
+        parts = [self.experts[index](rows[index]) for index in self._computing if every or counts[index]]
         return dispatch.combine(torch.cat([*parts, nobodys_ND]))
 
     def _of_all(self, x_TD: Tensor, kind_TK: Tensor, weights_TK: Tensor) -> Tensor:

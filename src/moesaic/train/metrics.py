@@ -27,7 +27,8 @@ class StepMetrics:
         aux_loss: the balancing losses as they were added to it.
         balancing: each of them by its name, mean over the layers, before its coefficient.
         grad_norm: before clipping.
-        imbalance: largest over mean number of rows per expert, mean over the layers; 1 is even.
+        imbalance: largest over mean number of rows per expert, mean over the layers; 1 is even. Experts that cost
+            nothing are not looked at.
         worst_imbalance: that of the worst layer.
         dropped: share of the routed slots that lost their expert to a capacity limit.
         tokens: predicted so far.
@@ -79,7 +80,8 @@ class RoutingMeter:
         if not taken:
             return 1.0, 1.0, 0.0
         counts_LE = torch.tensor(taken[1:], dtype=torch.float64).view(len(self._layers), -1)
-        ratios_L = counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)
+        loads_LE = counts_LE[:, : self._layers[0].config.num_experts]  # what comes after them costs nothing
+        ratios_L = loads_LE.amax(1) / loads_LE.mean(1).clamp(min=1e-9)
         share = taken[0] / max(1.0, taken[0] + float(counts_LE.sum()))
         return float(ratios_L.mean()), float(ratios_L.max()), share
 
