@@ -134,7 +134,7 @@ def restore(
         reason = " ".join(str(_root_cause(error)).split())[:300]
         raise CheckpointError(f"the checkpoint {str(checkpoint.path)!r} cannot be loaded: {reason}") from error
     if begins:
-        _begin_random(stored[key], world.rank)
+        begin_random(world.rank, stored[key])
     else:
         _set_random(stored[key], next(model.parameters()).device)
     return dict(stored["progress"])
@@ -144,8 +144,11 @@ def _random_key(rank: int) -> str:
     return f"random_{rank}" if rank else "random"
 
 
-def _begin_random(streams: Mapping[str, bytes], rank: int) -> None:
-    found = hashlib.blake2b(streams["cpu"] + str(rank).encode(), digest_size=7)
+def begin_random(rank: int, streams: Mapping[str, bytes] | None = None) -> None:
+    """Give a rank a random stream of its own: it follows from its number and the first rank's stream, the present one
+    by default."""
+    first = torch.get_rng_state().numpy().tobytes() if streams is None else streams["cpu"]
+    found = hashlib.blake2b(first + str(rank).encode(), digest_size=7)
     torch.manual_seed(int.from_bytes(found.digest(), "big"))
 
 

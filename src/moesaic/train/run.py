@@ -14,7 +14,7 @@ import torch
 from moesaic.data import Batches, TokenData, validation_windows
 from moesaic.errors import CheckpointError, ConfigError, DataError, UnsupportedError, UsageError
 from moesaic.hf.parallelize import parallelize
-from moesaic.train.checkpoint import NoSpaceError
+from moesaic.train.checkpoint import NoSpaceError, begin_random
 from moesaic.train.display import Display
 from moesaic.train.folder import RunFolder
 from moesaic.train.job import Built, Job, Setting, Training
@@ -152,6 +152,8 @@ def _prepared(
         with world.guard("spreading the model over the ranks"):
             how = _parallel(job)
             parallelize(built.model, strategy=how.strategy, overlap=how.overlap, exchange=how.exchange)
+    if world.rank:  # else all ranks would draw the same noise for their tokens
+        begin_random(world.rank)
     trainer = Trainer(built.model, batches, recipe.train, device, precision, world)
     return Life(job, built, run, data, trainer, display)
 

@@ -137,7 +137,7 @@ class _Calls:
     def copy(self) -> float:
         """Seconds a byte of gathering rows."""
         rows_ND = torch.zeros(_COPIED // 1024, 256, device=self._topology.device)
-        order_N = torch.randperm(len(rows_ND), device=self._topology.device)
+        order_N = torch.randperm(len(rows_ND), device=rows_ND.device, generator=_dice(rows_ND.device))
         return self._slowest(lambda: rows_ND[order_N]) / _COPIED
 
     def _seconds(self, rows: int, experts: int, grad: bool) -> float:
@@ -147,7 +147,9 @@ class _Calls:
             return self._slowest(None)
         experts = min(experts, weights.num_experts)
         ids_N1 = torch.arange(experts, device=weights.up.device).repeat(rows)[:, None]
-        x_ND = torch.randn(rows * experts, weights.d_model, device=weights.up.device, dtype=weights.up.dtype)
+        up = weights.up
+        shape = rows * experts, weights.d_model
+        x_ND = torch.randn(shape, device=up.device, dtype=up.dtype, generator=_dice(up.device))
         scale_N1 = torch.ones(rows * experts, 1, device=weights.up.device)
         return self._slowest(functools.partial(_call, weights, x_ND, ids_N1, scale_N1, grad))
 
@@ -163,6 +165,11 @@ class _Calls:
                     torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - start)
         return float(np.sort(agreed(seconds[1:], self._topology).max(0))[_TURNS // 2])
+
+
+def _dice(device: torch.device) -> torch.Generator:
+    """Of one's own: when something is measured must not show in the numbers that a model draws."""
+    return torch.Generator(device).manual_seed(0)
 
 
 def _call(weights: ExpertWeights, x_ND: Tensor, ids_N1: Tensor, scale_N1: Tensor, grad: bool) -> None:
