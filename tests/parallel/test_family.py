@@ -15,6 +15,7 @@ from tests.parallel import harness
 from tests.parallel.layers import layer_of
 
 import moesaic
+from moesaic import MoE, MoEConfig
 from moesaic.layer import moe_layers
 from moesaic.parallel import traffic, use_strategy
 
@@ -77,26 +78,28 @@ def counted() -> tuple[list[list[int]], list[list[int]]]:
     layer(torch.randn(9, 8, generator=torch.Generator().manual_seed(dist.get_rank())))
     own = torch.stack([routing.counts() for routing in layer.last_routings])
     dist.all_reduce(own)
-    return layer.slot_counts.tolist(), own.tolist()
+    return [balancing.slot_counts.tolist() for balancing in layer.balancers], own.tolist()
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_only_narrow_rows_travel(ranks: int) -> None:
     for wide, narrow in harness.pool(ranks).run(sent):
         for kind in ("tokens", "results"):
-            assert wide[kind] > 0
-            assert narrow[kind] * 4 == wide[kind], kind
+            # With each row goes what it is, 8 bytes or none.
+            assert 3.7 < wide[kind] / narrow[kind] <= 4.0, kind
+        assert not narrow["weights"] and not narrow["gradients"]
 
 
 def sent() -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of a forward and a backward pass at full width, and of rows a quarter as wide, with the same routes."""
     told = []
-    for settings in ({}, {"communication_width": 2}):
-        layer = layer_of(settings)
+    for width in (None, 32):
+        torch.manual_seed(0)
+        layer = MoE(MoEConfig(d_model=128, d_ff=24, num_experts=8, communication_width=width))
         with torch.no_grad():
             layer.router.weight.normal_(generator=torch.Generator().manual_seed(5))
         moesaic.parallelize(layer)
-        x = torch.randn(40, 8, generator=torch.Generator().manual_seed(dist.get_rank()), requires_grad=True)
+        x = torch.randn(40, 128, generator=torch.Generator().manual_seed(dist.get_rank()), requires_grad=True)
         with use_strategy("tokens", overlap=1):
             before = traffic()
             layer(x).sum().backward()
