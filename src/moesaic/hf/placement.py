@@ -49,6 +49,8 @@ _ROUTER = {
     "gate.expert_bias",
     "router.weight",
     "router.bias",
+    "router.gain",
+    "router.noise_weight",
     "router.gate.weight",
     "router.selection_bias",
     "router.e_score_correction_bias",
@@ -56,8 +58,9 @@ _ROUTER = {
     "moe_statics.e_score_correction_bias",
     "expert_bias",
 }
-_SHARED = "shared"
-"""How the names of experts that every token takes begin."""
+# How the names of what has nothing to do with the experts' order begin: experts that every token takes, how our routers
+# come to what they multiply by a row for each expert. Nor has a single number.
+_STAYING = ("shared", "router.projection", "router.cell.")
 
 Order = npt.NDArray[np.int64]
 
@@ -241,7 +244,7 @@ def _blocks(checkpoint: _Checkpoint) -> list[MoEBlock]:
 
 def _block(checkpoint: _Checkpoint, name: str, number: int) -> MoEBlock:
     experts, router = _parts(checkpoint, name)
-    gates = [tensor for rest, tensor in router.items() if rest.endswith("weight")]
+    gates = [tensor for rest, tensor in router.items() if rest.endswith(".weight")]
     if len(gates) != 1:
         raise UnsupportedError(f"{name} has {len(gates)} router matrices with known names; placing needs exactly one")
     num_experts = gates[0].shape[0]
@@ -269,7 +272,7 @@ def _parts(checkpoint: _Checkpoint, name: str) -> tuple[dict[str, _Tensor], dict
             experts[rest.removeprefix("experts.")] = tensor
         elif rest in _ROUTER:
             router[rest] = tensor
-        elif not rest.startswith(_SHARED):
+        elif not rest.startswith(_STAYING) and math.prod(tensor.shape) != 1:
             raise UnsupportedError(
                 f"{name}.{rest} is beside the experts, and what it has to do with their order is not known"
             )
