@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moesaic
 from moesaic.errors import ConfigError, UnsupportedError
+from moesaic.layer import moe_layers
 from moesaic.routing import ROUTERS, Router, Routing
 
 
@@ -197,6 +198,56 @@ def test_ours_are_saved_with_the_new_router(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), rerouted)
     assert model.config.router == "softmax_topk"
     assert torch.equal(logits(model), before)
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "chain": {"iterations": 2},
+    "pre-gated layers": {"pre_gating": "layer"},
+    "pre-gated stack": {"pre_gating": "stack"},
+    "zero computation": {"zero_computation_experts": {"zero": 2, "constant": 1}, "router": "null_experts"},
+    "unequal": {"expert_d_ffs": [8, 8, 16, 16, 24, 24, 32, 32]},
+    "recurrent": {"router": "recurrent"},
+    "scheduled": {"balancing": {"load_balancing": {"coefficient": 0.1, "final": 0.0, "steps": 10}}},
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize(("router", "options"), [(None, {"top_k": 3}), ("expert_skipping", {"top_k": 4, "ratio": 0.9})])
+def test_ours_of_every_form(kind: str, router: str | None, options: dict[str, Any], tmp_path: Path) -> None:
+    model = ours(num_hidden_layers=3, **OURS[kind])
+    before = logits(model)
+    if router and kind == "recurrent":
+        with pytest.raises(UnsupportedError, match="read something else than its features: only top_k may change"):
+            moesaic.reroute(model, router, **options)
+        return
+    with moesaic.reroute(model, router, **options) as handle:
+        during = logits(model)
+        assert not torch.equal(during, before)
+        assert 0 < handle.experts_per_token() <= options["top_k"]
+        model.train()
+        model(tokens(), labels=tokens()).loss.backward()
+        moesaic.update_balancing(model)
+        model.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), during)
+
+
+def test_a_balancer_that_has_nothing_to_move_is_left_out(tmp_path: Path) -> None:
+    model = ours(router="sigmoid_topk", balancing={"bias_update": 1e-3, "z_loss": 0.1})
+    with moesaic.reroute(model, "softmax_topk"):
+        during = logits(model)
+        assert model.config.balancing == {"z_loss": 0.1}
+        model.train()
+        assert model(tokens(), labels=tokens()).aux_loss > 0
+        moesaic.update_balancing(model)
+        model.eval().save_pretrained(tmp_path)
+    assert model.config.balancing == {"bias_update": 1e-3, "z_loss": 0.1}
+    model.train()
+    model(tokens(), labels=tokens())
+    moesaic.update_balancing(model)
+    assert all(bool(layer.router.selection_bias.any()) for layer in moe_layers(model))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), during)
 
 
 def test_a_layer_of_ours_alone_and_in_training() -> None:

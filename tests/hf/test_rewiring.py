@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.test_reroute import build, ours
+from tests.hf.test_reroute import OURS, build, ours
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -207,6 +207,19 @@ def test_a_rerouted_model_too() -> None:
             losses = rewirer.optimize(CONTEXT).losses
             assert losses[-1] < losses[0]
         assert torch.equal(model(CONTEXT).logits, before)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_ours_of_every_form(kind: str) -> None:
+    """Each router with a gate has a vector; layers that take another one's routes have none."""
+    model = ours(num_hidden_layers=3, **OURS[kind])
+    before = model(CONTEXT).logits.detach()
+    with Rewirer(model, Rewiring(steps=10, layers=1.0)) as rewirer:
+        done = rewirer.optimize(CONTEXT)
+        assert min(done.losses[1:]) < done.losses[0]
+        assert len(rewirer.vectors) == {"chain": 6, "pre-gated stack": 1}.get(kind, 3)
+        assert all(vector.any() for vector in rewirer.vectors.values())
+    assert torch.equal(model(CONTEXT).logits, before)
 
 
 def test_bfloat16() -> None:

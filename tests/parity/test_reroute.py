@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import moesaic
 from moesaic.errors import UnsupportedError
+from moesaic.hf import Rewirer, Rewiring
 from moesaic.hf.gates import call_gate, find_gates, gate_matrix, gate_rule
 
 # Gates that need more than features (token ids, the layer before), or return more than logits, weights and ids.
@@ -139,3 +140,29 @@ def test_whole_models_with_null_slots(model: PreTrainedModel) -> None:
         assert torch.equal(model.generate(tokens(), **generation), generated)
     model.set_experts_implementation("moesaic")
     assert torch.equal(model(tokens()).logits, before)
+
+
+def test_whole_models_rewired(model: PreTrainedModel) -> None:
+    """The vectors move, and a gate's logits are then its own and the vector, exactly; and back to the bit."""
+    with torch.no_grad():
+        before = copy.deepcopy(model)(tokens()).logits
+    settings = Rewiring(steps=2, layers=1.0)
+    if model.config.model_type == "phimoe":  # both experts have a weight of 1, but where two are nearly as good
+        with Rewirer(model, settings) as rewirer, pytest.raises(UnsupportedError, match="no gradient to follow"):
+            rewirer.optimize(tokens()[:1])
+        return
+    with Rewirer(model, settings) as rewirer:
+        done = rewirer.optimize(tokens()[:1])
+        assert len(done.losses) == 2
+        assert len(done.layers) == len(rewirer.vectors) > 0
+        gates = find_gates(model)
+        assert all(vector.any() for vector in rewirer.vectors.values())
+        gate, vector = gates[0], rewirer.vectors[gates[0].name]
+        matrix = gate_matrix(gate, len(vector))
+        assert matrix is not None
+        x = torch.randn(5, matrix.shape[1])
+        with torch.no_grad():
+            shifted = call_gate(gate, gate.module, x)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(shifted, call_gate(gate, gate.module, x)[0] + vector)
+        assert torch.equal(model(tokens()).logits, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.gates import Gate, GateRule, find_gates, gate_rule
 from moesaic.layer import MoE, moe_layers
 from moesaic.routing import ROUTERS, Router, Routing, RoutingContext, check_balancing, create_router
+from moesaic.routing.layer_balancing import LayerBalancing
 from moesaic.routing.router import check_top_k
 
 # The model's handle, as long as it is rerouted.
@@ -40,9 +42,10 @@ class Rerouting:
             self._undo.pop()()
 
     def experts_per_token(self) -> float:
-        """Mean number of slots that were not null, over the tokens and layers of the last forward; NaN before one."""
+        """Mean number of feed-forward experts that a token took, over the layers of the last forward; NaN before one,
+        and where only ``top_k`` of a model of transformers was changed."""
         routings = self._last()
-        used = [float((r.expert_ids < r.num_experts).sum()) for r in routings]
+        used = [float((r.expert_ids < (r.num_ffn or r.num_experts)).sum()) for r in routings]
         tokens = sum(len(r.expert_ids) for r in routings)
         return sum(used) / tokens if tokens else float("nan")
 
@@ -93,6 +96,10 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
     return handle
 
 
+def _no_router() -> ConfigError:
+    return ConfigError(f"name a router (one of {', '.join(ROUTERS.names())}), or give top_k alone")
+
+
 def _known(router: str, inherited: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """``options``, and of the inherited ones those that the router has too."""
     keywords = ROUTERS.get(router).__init__.__kwdefaults__ or {}
@@ -124,7 +131,7 @@ def _reroute_gates(model: nn.Module, router: str | None, top_k: int | None, opti
 def _change_top_k(gates: list[Gate], top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
     """The model's own rule with another number of slots."""
     if top_k is None or options:
-        raise ConfigError(f"name a router (one of {', '.join(ROUTERS.names())}), or give top_k alone")
+        raise _no_router()
     rules = [gate_rule(gate) for gate in gates]
     for gate, rule in zip(gates, rules, strict=True):
         gate_rule(gate, check_top_k(top_k, rule.num_experts))
@@ -234,28 +241,42 @@ def _check_own(name: str, router: Router, trained: Mapping[str, Tensor | None]) 
 
 
 def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
-    layers = [layer for layer in moe_layers(model) if layer.router._parameters.get("weight") is not None]
+    every = moe_layers(model)
+    layers = [layer for layer in every if _has_gate(layer.router)]
     if not layers:
         raise UnsupportedError(f"the routers of {type(model).__name__} have no gate to keep")
-    if router is None and top_k is None:
-        raise ConfigError(f"name a router (one of {', '.join(ROUTERS.names())}), or give top_k alone")
-    # All of them before the first is changed.
-    configs = [_new_config(layer.config, router, top_k, options) for layer in layers]
-    successors = [
-        [_successor(old, config) for old in layer.routers] for layer, config in zip(layers, configs, strict=True)
+    if router is None and (top_k is None or options):
+        raise _no_router()
+    # All of them before the first is changed. Layers that take another one's routes only learn of their number.
+    configs = [
+        _new_config(layer.config, router, top_k, options)
+        if _has_gate(layer.router)
+        else replace(layer.config, top_k=top_k or layer.config.top_k)
+        for layer in every
     ]
+    parts = [_parts(layer, config) for layer, config in zip(every, configs, strict=True)]
     undo: list[Callable[[], object]] = []
-    for layer, config, routers in zip(layers, configs, successors, strict=True):
-        undo.append(partial(_put, layer, layer.config, layer.routers))
-        _put(layer, config, routers)
-    if isinstance(settings := getattr(model, "config", None), MoesaicConfig):
-        names = ("router", "router_options", "num_experts_per_tok")
-        before = {name: getattr(settings, name) for name in names}
-        undo.append(lambda: settings.update(before))
-        settings.update(dict(zip(names, (configs[0].router, configs[0].router_options, configs[0].top_k), strict=True)))
+    for layer, config, own in zip(every, configs, parts, strict=True):
+        undo.append(partial(_put, layer, layer.config, (layer.routers, layer.balancing)))
+        _put(layer, config, own)
+    settings = getattr(model, "config", None)
+    if isinstance(settings, MoesaicConfig):
+        first = configs[every.index(layers[0])]
+        named = {
+            "router": first.router,
+            "router_options": dict(first.router_options),
+            "balancing": dict(first.balancing),
+        }
+        named |= {"num_experts_per_tok": first.top_k}
+        undo.append(partial(settings.update, {name: getattr(settings, name) for name in named}))
+        settings.update(named)
     names_of = {id(module): name for name, module in model.named_modules()}
     places = [f"{names_of[id(layer)]}.router".lstrip(".") for layer in layers]
-    return Rerouting(places, lambda: [routing for layer in layers for routing in layer.last_routings], undo)
+    return Rerouting(places, lambda: [routing for layer in every for routing in layer.last_routings], undo)
+
+
+def _has_gate(router: nn.Module) -> bool:
+    return isinstance(router, Router) and router._parameters.get("weight") is not None
 
 
 def _new_config(config: MoEConfig, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> MoEConfig:
@@ -274,25 +295,48 @@ def _new_config(config: MoEConfig, router: str | None, top_k: int | None, option
     )
 
 
+def _parts(layer: MoE, config: MoEConfig) -> tuple[list[Router], nn.ModuleList]:
+    """The routers and what balances them, for a layer with another configuration."""
+    before = layer.config
+    routers = layer.routers
+    if (config.router, config.router_options) == (before.router, before.router_options):
+        # Only the number: a copy that shares everything.
+        routers = [copy.copy(router) for router in routers]
+        for router in routers:
+            router.top_k = config.top_k
+    else:
+        routers = [_successor(router, config) for router in routers]
+    balancing: Any = layer.balancing
+    if config.balancing != before.balancing:
+        made = nn.ModuleList(LayerBalancing(config.balancing, config.num_choices) for _ in balancing)
+        made.load_state_dict(balancing.state_dict(), strict=False)
+        balancing = made.to(layer.router.get_parameter("weight").device).train(layer.training)
+    return routers, balancing
+
+
 def _successor(old: Router, config: MoEConfig) -> Router:
     """A router as ``config`` says with the parameters of ``old``, which they share, and copies of its buffers."""
     with torch.device(old.get_parameter("weight").device):
         new = create_router(config.router, old.d_model, old.num_experts, config.top_k, **config.router_options)
-    trained = dict(old.named_parameters())
+    trained, kept = dict(old.named_parameters()), dict(old.named_buffers())
+    shape = list(trained["weight"].shape)
+    if shape != [old.num_experts, old.d_model]:
+        raise UnsupportedError(
+            f"this model's gates {shape} read something else than its features: only top_k may change"
+        )
     _check_own(config.router, new, trained)
     for key in dict(new.named_parameters()):
         holder, _, name = key.rpartition(".")
         new.get_submodule(holder)._parameters[name] = trained[key]
     for key, buffer in new.named_buffers():
-        value = dict(old.named_buffers()).get(key)
-        if value is not None and value.shape == buffer.shape:
-            buffer.copy_(value)
+        if key in kept and kept[key].shape == buffer.shape:
+            buffer.copy_(kept[key])
     new.num_ffn = old.num_ffn
     return new.train(old.training)
 
 
-def _put(layer: MoE, config: MoEConfig, routers: list[Router]) -> None:
+def _put(layer: MoE, config: MoEConfig, parts: tuple[list[Router], nn.ModuleList]) -> None:
     layer.config = config
-    layer.router = routers[0]
-    for number, router in enumerate(routers[1:]):
+    (layer.router, *others), layer.balancing = parts
+    for number, router in enumerate(others):
         layer.next_routers[number] = router

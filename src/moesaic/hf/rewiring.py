@@ -118,6 +118,9 @@ class Rewirer:
         """Move the vectors by ``settings.steps`` steps on the next-token loss of ``ids_1S`` (``[1, S]`` int64).
 
         A context of one token has no next one: nothing moves.
+
+        Raises:
+            UnsupportedError: where the loss has no gradient by the logits, as with one expert of weight 1 a token.
         """
         settings = self.settings
         losses: list[float] = []
@@ -138,6 +141,11 @@ class Rewirer:
                 gradients = torch.autograd.grad(loss, [shift.vector for shift in moved], allow_unused=True)
                 for shift in self._shifts:
                     shift.vector.requires_grad_(False)
+                if step == 0 and not any(gradient is not None and gradient.any() for gradient in gradients):
+                    raise UnsupportedError(
+                        f"{type(self.model).__name__} cannot be rewired: the weights of its experts do not depend on "
+                        "the gates' logits, so that there is no gradient to follow"
+                    )
                 for shift, gradient in zip(moved, gradients, strict=True):
                     shift.vector.grad = gradient
                 optimizer.step()
