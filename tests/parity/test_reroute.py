@@ -22,7 +22,8 @@ from moesaic.hf import Rewirer, Rewiring
 from moesaic.hf.gates import call_gate, find_gates, gate_matrix, gate_rule
 
 # Gates that need more than features (token ids, the layer before), or return more than logits, weights and ids.
-REFUSED = {"DeepseekV4HashRouter", "InklingTopkRouter", "ZayaRouter"}
+# Before 5.18 Jamba's was a linear layer, whose block chose.
+REFUSED = {"Linear", "DeepseekV4HashRouter", "InklingTopkRouter", "ZayaRouter"}
 # A gate that wants its tokens as sequences.
 SEQUENCES = {"AfmoeTokenChoiceRouter"}
 SLOTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -91,18 +92,20 @@ def test_every_gate_is_understood_or_refused(module: str, name: str) -> None:
     assert matrix is not None
     x = torch.randn(7, matrix.shape[1])
     x = x[None] if kinds & SEQUENCES else x
-    logits, weights, ids = call_gate(gates[0], gates[0].module, x)
+    said = call_gate(gates[0], gates[0].module, x)
+    logits, weights, ids = (said[place] for place in rule.order)
     assert rule.num_experts == logits.shape[-1]
     assert ids.shape == (7, rule.top_k)
     if rule.normalize:
         torch.testing.assert_close(total(weights, ids, rule.expert_scale), torch.full((7,), rule.scale))
     with moesaic.reroute(parent, "softmax_topk", top_k=1) as handle:
-        _, one, best = call_gate(gates[0], gates[0].module, x)
+        rerouted = call_gate(gates[0], gates[0].module, x)
+        one, best = (rerouted[place] for place in rule.order[1:])
         assert best.flatten().tolist() == logits.argmax(dim=-1).tolist()
         assert one.dtype == weights.dtype
         assert handle.experts_per_token() == 1
     again = call_gate(gates[0], gates[0].module, x)
-    assert all(torch.equal(a, b) for a, b in zip(again, (logits, weights, ids), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, said, strict=True))
 
 
 def total(weights_TK: Tensor, ids_TK: Tensor, expert_scale_E: Tensor | None) -> Tensor:
@@ -122,6 +125,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     for name, parameter in built.named_parameters():
         if ".experts." in name or ".gate." in name or ".router." in name:
             nn.init.normal_(parameter, std=0.2)
+    if any(type(gate.module).__name__ in REFUSED for gate in find_gates(built)):
+        pytest.skip("its gates are of another form in this version")
     return built
 
 
@@ -162,7 +167,8 @@ def test_whole_models_rewired(model: PreTrainedModel) -> None:
         assert matrix is not None
         x = torch.randn(5, matrix.shape[1])
         with torch.no_grad():
-            shifted = call_gate(gate, gate.module, x)[0]
+            shifted = call_gate(gate, gate.module, x)[gate_rule(gate).order[0]]
     with torch.no_grad():
-        torch.testing.assert_close(shifted, call_gate(gate, gate.module, x)[0] + vector)
+        own = call_gate(gate, gate.module, x)[gate_rule(gate).order[0]]
+        torch.testing.assert_close(shifted, own + vector)
         assert torch.equal(model(tokens()).logits, before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class GateRule:
         expert_scale: ``[E]`` float32, a factor of each expert's own (Gemma 4); None where there is none.
         groups: equal groups of experts, and how many of them a token may choose from.
         are_probabilities: what the gate returns as logits is their softmax (Gemma 4).
+        order: where logits, weights and ids stand in what it returns.
     """
 
     num_experts: int
@@ -57,6 +59,12 @@ class GateRule:
     expert_scale: Tensor | None
     groups: tuple[int, int]
     are_probabilities: bool
+    order: tuple[int, ...]
+
+    def logits(self, output: Sequence[Tensor]) -> Tensor:
+        """The logits ``[T, E]`` in what the gate has returned."""
+        logits_TE = output[self.order[0]]
+        return logits_TE.log() if self.are_probabilities else logits_TE
 
 
 def find_gates(model: nn.Module) -> list[Gate]:
@@ -94,7 +102,7 @@ def gate_rule(gate: Gate, top_k: int | None = None) -> GateRule:
     if top_k is not None:
         module.top_k = top_k  # type: ignore[assignment]
     num_experts = count_experts(gate.experts)
-    logits_TE, weights_TK, ids_TK = _answer(gate, module, num_experts)
+    order, logits_TE, weights_TK, ids_TK = _answer(gate, module, num_experts)
     if top_k is not None and ids_TK.shape[1] != top_k:
         raise UnsupportedError(f"{gate.name} ({type(gate.module).__name__}) always takes {ids_TK.shape[1]} experts")
     are_probabilities = bool((logits_TE >= 0).all() and ((logits_TE.sum(dim=-1) - 1).abs() < _AGREE).all())
@@ -113,6 +121,7 @@ def gate_rule(gate: Gate, top_k: int | None = None) -> GateRule:
         expert_scale=expert_scale,
         groups=_groups(module),
         are_probabilities=are_probabilities,
+        order=order,
     )
 
 
@@ -148,8 +157,8 @@ def refusal(gate: Gate, reason: str) -> UnsupportedError:
     return UnsupportedError(f"{gate.name} ({type(gate.module).__name__}) {reason}: {_SUPPORTED}")
 
 
-def _answer(gate: Gate, module: nn.Module, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, weights and ids of random tokens. Some gates want them as a sequence, most do not mind."""
+def _answer(gate: Gate, module: nn.Module, num_experts: int) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """The order of the answer; logits, weights and ids of random tokens, for gates that want a sequence as one."""
     matrix = gate_matrix(gate, num_experts)
     if matrix is None:
         raise refusal(gate, f"has no single matrix of {num_experts} rows")
@@ -167,11 +176,22 @@ def _answer(gate: Gate, module: nn.Module, num_experts: int) -> tuple[Tensor, Te
         raise refusal(gate, f"cannot be asked alone ({type(answer).__name__})") from answer
     if not isinstance(answer, tuple) or len(answer) != 3 or not all(isinstance(part, Tensor) for part in answer):
         raise refusal(gate, "returns something else than logits, weights and ids")
-    logits, weights, ids = answer
-    same = weights.ndim == 2 and weights.shape == ids.shape and not ids.is_floating_point()
-    if logits.shape != (_PROBES, num_experts) or not same or len(ids) != _PROBES:
+    order = _order(answer, num_experts)
+    if order is None:
         raise refusal(gate, f"returns shapes {[list(part.shape) for part in answer]} for {num_experts} experts")
-    return logits.double(), weights.double(), ids.long()
+    logits, weights, ids = (answer[place] for place in order)
+    return order, logits.double(), weights.double(), ids.long()
+
+
+def _order(answer: tuple[Tensor, ...], num_experts: int) -> tuple[int, ...] | None:
+    """Where logits, weights and ids stand: the only ids are whole numbers, and there is a logit for each expert."""
+    for order in ((0, 1, 2), (2, 1, 0)):
+        logits, weights, ids = (answer[place] for place in order)
+        whole = [part.is_floating_point() for part in (logits, weights, ids)] == [True, True, False]
+        alike = weights.ndim == 2 and weights.shape == ids.shape and len(ids) == _PROBES
+        if whole and alike and logits.shape == (_PROBES, num_experts):
+            return order
+    return None
 
 
 def _rule(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[bool | None, float]:

@@ -180,8 +180,7 @@ class _Hook:
         self._try()
 
     def __call__(self, gate: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        logits, weights, _ = output
-        routing = self.route(logits.log() if self.rule.are_probabilities else logits)
+        routing = self.route(self.rule.logits(output))
         weights_TK = routing.weights
         if self.rule.expert_scale is not None:
             last = self.rule.num_experts - 1
@@ -192,7 +191,11 @@ class _Hook:
         if getattr(self.config, "_experts_implementation", "moesaic") != "moesaic":
             # Not every implementation knows null slots: there they are computed, and count for nothing.
             ids_TK = ids_TK.masked_fill(ids_TK == self.rule.num_experts, 0)
-        return logits, (weights_TK * self.scale).to(weights.dtype), ids_TK
+        changed = list(output)
+        _, weights, ids = self.rule.order
+        changed[weights] = (weights_TK * self.scale).to(output[weights].dtype)
+        changed[ids] = ids_TK
+        return tuple(changed)
 
     def route(self, logits_TE: Tensor) -> Routing:
         if not self.router.reads_context:

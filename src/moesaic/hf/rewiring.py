@@ -215,7 +215,7 @@ class _GateShift(_Shift):
         rule = gate_rule(gate)  # refuses gates of other forms
         device = next(gate.module.parameters()).device
         super().__init__(gate.name, gate.module, torch.zeros(rule.num_experts, device=device))
-        self.are_probabilities = rule.are_probabilities
+        self.rule = rule
 
     def install(self) -> Callable[[], object]:
         before = self.module.__dict__.get("forward")
@@ -236,9 +236,7 @@ class _GateShift(_Shift):
         return output
 
     def record(self, output: tuple[Tensor, ...]) -> None:
-        logits_TE = output[0].detach().float()
-        log_p_TE = logits_TE.log() if self.are_probabilities else logits_TE.log_softmax(dim=-1)
-        self._note(log_p_TE, output[2])
+        self._note(self.rule.logits(output).detach().float().log_softmax(dim=-1), output[self.rule.order[2]])
 
 
 class _Adding(TorchFunctionMode):
