@@ -265,7 +265,7 @@ def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, optio
     settings = getattr(model, "config", None)
     if isinstance(settings, MoesaicConfig):
         first = configs[every.index(layers[0])]
-        named = {
+        named: dict[str, Any] = {
             "router": first.router,
             "router_options": dict(first.router_options),
             "balancing": dict(first.balancing),
