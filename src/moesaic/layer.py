@@ -188,13 +188,17 @@ class MoE(nn.Module):
         for balancing, router in zip(self.balancers, self.routers, strict=True):
             balancing.after_step(router)
 
-    def idle_parameters(self) -> int:
-        """Parameters of the feed-forward experts that a token does not meet, at least: it may take the widest ones,
-        others in each iteration, and with an adaptive router as many as that one may give it."""
+    def expert_sizes(self) -> list[int]:
+        """Parameters of each feed-forward expert."""
         sizes: list[int] = []
         for bank, own in banks_of(self.experts, self.config.num_experts):
             sizes += [sum(parameter.numel() for parameter in bank.parameters()) // len(own)] * len(own)
-        return sum(sorted(sizes, reverse=True)[self.config.top_k * self.config.iterations :])
+        return sizes
+
+    def idle_parameters(self) -> int:
+        """Parameters of the feed-forward experts that a token does not meet, at least: it may take the widest ones,
+        others in each iteration, and with an adaptive router as many as that one may give it."""
+        return sum(sorted(self.expert_sizes(), reverse=True)[self.config.top_k * self.config.iterations :])
 
     def _ask(self, router: Router, features_TD: Tensor, top_k: int | None, context: RoutingContext) -> Routing:
         """What a router decides; leaves what it carries in the context."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.hf.family import FAMILY
@@ -12,6 +13,8 @@ from tests.reference import relative_error
 from transformers import AutoModelForCausalLM
 
 import moesaic
+from moesaic.errors import UnsupportedError
+from moesaic.hf.placement import moe_blocks, permute_experts
 from moesaic.layer import moe_layers
 from moesaic.train.model import count_parameters
 
@@ -108,6 +111,29 @@ def test_in_few_bits(variant: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(tokens()).logits, after)
+
+
+@pytest.mark.parametrize("variant", ["narrow", "pre-gated layers"])
+def test_experts_change_places(variant: str, tmp_path: Path) -> None:
+    model = model_of(**FAMILY[variant])
+    model.save_pretrained(tmp_path / "model")
+    orders = {number: np.array([2, 0, 3, 1]) for number in (0, 1)}
+    placed = AutoModelForCausalLM.from_pretrained(permute_experts(tmp_path / "model", orders, tmp_path / "placed"))
+    torch.testing.assert_close(placed.eval()(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ("chain", "next_routers.0.weight is beside the experts"),
+        ("pre-gated stack", "model.layers.1.mlp has 0 router matrices"),
+        ("unequal", "experts.banks.0.down is .* not an entry for each of 4"),
+    ],
+)
+def test_experts_that_cannot_change_places(variant: str, reason: str, tmp_path: Path) -> None:
+    model_of(**FAMILY[variant]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=reason):
+        moe_blocks(tmp_path)
 
 
 def test_parameters_that_a_token_meets_at_most() -> None:

@@ -270,6 +270,16 @@ def test_parameters_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     assert (facts.name, facts.architecture, facts.num_layers) == ("tiny", "MoesaicForCausalLM", 3)
 
 
+def test_parameters_of_unequal_experts_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = ours(num_hidden_layers=1, expert_d_ffs=[4] * (EXPERTS - 1) + [40])
+    trace = collected(model, tokenizer)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    (layer,) = trace.layers
+    sizes = [3 * 16 * 4] * (EXPERTS - 1) + [3 * 16 * 40]
+    met = sum(sizes[int(expert)] for expert in layer.expert_ids.flatten()) / len(layer.expert_ids)
+    assert trace.model.active_parameters == round(total - sum(sizes) + met)
+
+
 def test_the_model_is_left_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
     model = ours().train()
     collected(model, tokenizer)

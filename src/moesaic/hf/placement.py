@@ -59,8 +59,8 @@ _ROUTER = {
     "expert_bias",
 }
 # How the names of what has nothing to do with the experts' order begin: experts that every token takes, how our routers
-# come to what they multiply by a row for each expert. Nor has a single number.
-_STAYING = ("shared", "router.projection", "router.cell.")
+# come to what they multiply by a row for each expert, how rows become narrow. Nor has a single number.
+_STAYING = ("shared", "router.projection", "router.cell.", "descend.", "ascend.")
 
 Order = npt.NDArray[np.int64]
 

@@ -282,18 +282,21 @@ def _facts(model: PreTrainedModel, name: str, records: list[_Record]) -> ModelFa
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0.0
     for module in {record.module: None for record in records}:
-        experts = module.experts if isinstance(module, MoE) else module
-        used = _used_share([record for record in records if record.module is module])
-        idle += sum(parameter.numel() for parameter in experts.parameters()) * (1 - used)
+        used_E = _used_shares([record for record in records if record.module is module])
+        if isinstance(module, MoE):
+            sizes_E = torch.tensor(module.expert_sizes(), dtype=torch.float64)
+        else:
+            sizes_E = torch.full_like(used_E, sum(parameter.numel() for parameter in module.parameters()) / len(used_E))
+        idle += float(sizes_E @ (1 - used_E))
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(records)
     return ModelFacts(name, type(model).__name__, int(layers), total, round(total - idle))
 
 
-def _used_share(records: list[_Record]) -> float:
-    """The share of a layer's experts that a token takes in any of its routings, in the mean over the tokens."""
+def _used_shares(records: list[_Record]) -> Tensor:
+    """``[E]``: for each of a layer's experts the share of the tokens that take it in any of their routings."""
     num_experts = records[0].num_experts
     used_NE = torch.zeros(sum(map(len, records[0].expert_ids)), num_experts + 1, dtype=torch.bool)
     for record in records:
         ids_NK = _joined(record.expert_ids, num_experts).long().clamp(max=num_experts)
         used_NE.scatter_(1, ids_NK, True)
-    return float(used_NE[:, :num_experts].double().mean())
+    return used_NE[:, :num_experts].double().mean(dim=0)
