@@ -7,6 +7,7 @@ below is its one registration.
 from __future__ import annotations
 
 from moesaic.routing import (  # noqa: F401  (each registers its router)
+    budget,
     cosine,
     expert_choice,
     expert_skipping,
