@@ -250,6 +250,13 @@ def test_a_balancer_that_has_nothing_to_move_is_left_out(tmp_path: Path) -> None
     assert torch.equal(logits(loaded), during)
 
 
+def test_a_balancer_of_logits_is_left_out_where_there_are_none() -> None:
+    model = ours(balancing={"load_balancing": 0.01, "z_loss": 0.1})
+    with moesaic.reroute(model, "hash"):
+        assert model.config.balancing == {"load_balancing": 0.01}
+        assert torch.isfinite(logits(model)).all()
+
+
 def test_a_layer_of_ours_alone_and_in_training() -> None:
     layer = moesaic.MoE(moesaic.MoEConfig(d_model=16, d_ff=8, num_experts=4, top_k=2))
     weight = layer.router.weight

@@ -284,18 +284,18 @@ def _has_gate(router: nn.Module) -> bool:
 
 def _new_config(config: MoEConfig, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> MoEConfig:
     name = router or config.router
+    known = _known(name, config.router_options, options)
+    made = create_router(name, config.d_model, config.num_choices, top_k or config.top_k, **known)
+    tokens = RoutingContext(torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        trial = made(torch.zeros(2, config.d_model), None, *([tokens] if made.reads_context else []))
     kept = {}
     for balancer, setting in config.balancing.items():
         with contextlib.suppress(ConfigError):  # one that the new router has nothing for, as bias_update may be
-            check_balancing({balancer: setting}, ROUTERS.get(name))
+            check_balancing({balancer: setting}, type(made))
+            LayerBalancing({balancer: setting}, config.num_choices).loss(trial)
             kept[balancer] = setting
-    return replace(
-        config,
-        router=name,
-        router_options=_known(name, config.router_options, options),
-        top_k=config.top_k if top_k is None else top_k,
-        balancing=kept,
-    )
+    return replace(config, router=name, router_options=known, top_k=made.top_k, balancing=kept)
 
 
 def _parts(layer: MoE, config: MoEConfig) -> tuple[list[Router], nn.ModuleList]:
