@@ -10,6 +10,7 @@ import pytest
 
 import moesaic
 from moesaic.errors import ConfigError, UsageError
+from moesaic.train.model import build_config
 from moesaic.train.recipe import HARMLESS, Recipe
 from moesaic.train.recipe_file import allowed, load_recipe, recorded_recipe
 
@@ -48,7 +49,12 @@ MISTAKES = [
     (["data.tokenizer=7"], ["data.tokenizer is 7", "a string"]),
     (["model.dense_layers=[0, -1]"], ["model.dense_layers.1 is -1", "a list, each an integer, at least 0"]),
     (["model.router_options.scale=[1]"], ["model.router_options.scale is [1]", "a table, each value true or false or"]),
-    (["model.balancing=3"], ["model.balancing is 3", "a table, each value a number"]),
+    (["model.balancing=3"], ["model.balancing is 3", "a table, each value a number or a table"]),
+    (
+        ["model.balancing.z_loss=x"],
+        ["model.balancing.z_loss is 'x'", "a number or a table, each value true or false or"],
+    ),
+    (["model.balancing.z_loss.final=[1]"], ["model.balancing.z_loss.final is [1]", "a table, each value a number or"]),
     (["name=a/b"], ["name is 'a/b'", "a string, matching"]),
     (["steps=0", "d_ff=0"], ["train.steps is 0", "model.d_ff is 0"]),
 ]
@@ -163,6 +169,18 @@ def test_a_table_is_replaced_and_its_keys_are_added() -> None:
     assert load_recipe(None, ["model.balancing.z_loss=0.1"]).model.balancing == {"load_balancing": 0.01, "z_loss": 0.1}
     assert load_recipe(None, ["model.balancing={z_loss=0.1}"]).model.balancing == {"z_loss": 0.1}
     assert load_recipe(None, ["data.mixture.code=1"]).data.mixture == {"code": 1.0}
+
+
+def test_a_balancers_coefficient_becomes_a_table() -> None:
+    words = ["model.balancing.load_balancing.final=0.0", "model.balancing.load_balancing.per_rank=true"]
+    wanted = {"load_balancing": {"coefficient": 0.01, "final": 0.0, "per_rank": True}}
+    recipe = load_recipe(None, words)
+    assert recipe.model.balancing == wanted
+    again = load_recipe(None, [*words, "model.balancing.load_balancing.coefficient=0.5"]).model.balancing
+    assert again == {"load_balancing": {**wanted["load_balancing"], "coefficient": 0.5}}
+    assert load_recipe(None, [*words, "model.balancing.load_balancing=0.5"]).model.balancing == {"load_balancing": 0.5}
+    filled = build_config(recipe, 300).balancing
+    assert filled == {"load_balancing": {**wanted["load_balancing"], "steps": recipe.train.steps}}
 
 
 def test_a_value_cannot_smuggle_in_another_key() -> None:

@@ -111,6 +111,7 @@ def test_tensorboard_reads_what_was_logged(finished: Path) -> None:
     assert logged == pytest.approx(expected)
     tags = set(board.Tags()["scalars"])
     assert {"train/learning_rate", "train/grad_norm", "train/imbalance", "train/dropped"} <= tags
+    assert "train/balancing/load_balancing" in tags
     assert [event.step for event in board.Scalars("validation/perplexity/words")] == [0, 12]
 
 
