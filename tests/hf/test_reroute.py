@@ -294,6 +294,13 @@ class _Dense(nn.Module):
         self.layer = nn.Linear(2, 2)
 
 
+@pytest.mark.parametrize("router", [None, "softmax_topk"])
+@pytest.mark.parametrize("top_k", [0, 9, -1])
+def test_a_number_of_slots_out_of_range(model: nn.Module, router: str | None, top_k: int) -> None:
+    with pytest.raises(ConfigError, match=f"top_k is {top_k}: it must be at least 1 and at most num_experts = 8"):
+        moesaic.reroute(model, router, top_k=top_k)
+
+
 def test_refusals() -> None:
     model = build()
     before = logits(model)

@@ -169,7 +169,7 @@ class _Hook:
         if rule.normalize is not None:
             inherited["normalize"] = rule.normalize
         known = _known(router, inherited, options)
-        self.router = _router_of_logits(router, rule.num_experts, top_k or rule.top_k, known)
+        self.router = _router_of_logits(router, rule.num_experts, rule.top_k if top_k is None else top_k, known)
         if self.router.has_selection_bias and rule.selection_bias is not None:
             self.router.get_buffer("selection_bias").copy_(rule.selection_bias)
         self.router.to(next(gate.module.parameters()).device)
@@ -252,9 +252,9 @@ def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, optio
         raise _no_router()
     # All of them before the first is changed. Layers that take another one's routes only learn of their number.
     configs = [
-        _new_config(layer.config, router, top_k, options)
+        _new_config(layer, router, top_k, options)
         if _has_gate(layer.router)
-        else replace(layer.config, top_k=top_k or layer.config.top_k)
+        else replace(layer.config, top_k=layer.config.top_k if top_k is None else top_k)
         for layer in every
     ]
     parts = [_parts(layer, config) for layer, config in zip(every, configs, strict=True)]
@@ -282,10 +282,18 @@ def _has_gate(router: nn.Module) -> bool:
     return isinstance(router, Router) and router._parameters.get("weight") is not None
 
 
-def _new_config(config: MoEConfig, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> MoEConfig:
+def _new_config(layer: MoE, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> MoEConfig:
+    config = layer.config
     name = router or config.router
     known = _known(name, config.router_options, options)
-    made = create_router(name, config.d_model, config.num_choices, top_k or config.top_k, **known)
+    made = create_router(name, config.d_model, config.num_choices, config.top_k if top_k is None else top_k, **known)
+    if (name, known) != (config.router, dict(config.router_options)):
+        trained = dict(layer.router.named_parameters())
+        if (shape := list(trained["weight"].shape)) != [config.num_choices, config.d_model]:
+            raise UnsupportedError(
+                f"this model's gates {shape} read something else than its features: only top_k may change"
+            )
+        _check_own(name, made, trained)
     tokens = RoutingContext(torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
         trial = made(torch.zeros(2, config.d_model), None, *([tokens] if made.reads_context else []))
@@ -322,12 +330,6 @@ def _successor(old: Router, config: MoEConfig) -> Router:
     with torch.device(old.get_parameter("weight").device):
         new = create_router(config.router, old.d_model, old.num_experts, config.top_k, **config.router_options)
     trained, kept = dict(old.named_parameters()), dict(old.named_buffers())
-    shape = list(trained["weight"].shape)
-    if shape != [old.num_experts, old.d_model]:
-        raise UnsupportedError(
-            f"this model's gates {shape} read something else than its features: only top_k may change"
-        )
-    _check_own(config.router, new, trained)
     for key in dict(new.named_parameters()):
         holder, _, name = key.rpartition(".")
         new.get_submodule(holder)._parameters[name] = trained[key]
