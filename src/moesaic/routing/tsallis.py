@@ -108,5 +108,6 @@ def tsallis_entropy(scores_TE: Tensor, index: float) -> Tensor:
 
 
 def check_index(index: float) -> None:
+    """Raise :class:`ConfigError` for an index of the entropy that is not above 0."""
     if index <= 0:
         raise ConfigError(f"entropy_index is {index}: it must be above 0")
