@@ -75,7 +75,7 @@ def _differences(axes: Any, study: Study, names: list[str]) -> None:
         margin = min(difference.margin, 10 * abs(difference.mean) + 0.1)  # infinite for one seed
         axes.errorbar(difference.mean, place, xerr=margin, fmt="o", color=color, markersize=4, linewidth=1)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [f"{name} – {study.entries[name].against}" for name in reversed(names)])
+    axes.set_yticks(range(len(names)), [f"{name} − {study.entries[name].against}" for name in reversed(names)])
     axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel="difference in loss at equal compute, 95 % one-sided (left is better)")
+    axes.set(xlabel="difference in loss at equal compute (left is better)")
     axes.grid(color="#eeeeee", linewidth=0.5)
