@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -277,6 +279,16 @@ def test_a_copy_is_rerouted_too() -> None:
         rerouted, copied = logits(model), copy.deepcopy(model)
     assert torch.equal(logits(copied), rerouted)
     assert torch.equal(logits(model), before)
+
+
+def test_a_rerouted_model_goes_when_nobody_holds_it(model: nn.Module) -> None:
+    fresh = copy.deepcopy(model)
+    handle = moesaic.reroute(fresh, "expert_skipping")
+    logits(fresh)
+    gone = weakref.ref(fresh)
+    del fresh, handle
+    gc.collect()
+    assert gone() is None
 
 
 def test_compiled() -> None:

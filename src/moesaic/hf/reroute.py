@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from moesaic.routing import ROUTERS, Router, Routing, RoutingContext, check_bala
 from moesaic.routing.layer_balancing import LayerBalancing
 from moesaic.routing.router import check_top_k
 
-# The model's handle, as long as it is rerouted.
-_ACTIVE: WeakKeyDictionary[nn.Module, Rerouting] = WeakKeyDictionary()
+# The models that are rerouted. Not their handles, which would keep them alive.
+_REROUTED: WeakSet[nn.Module] = WeakSet()
 
 
 class Rerouting:
@@ -84,15 +84,15 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
         UnsupportedError: for a model without MoE layers, a gate of another form, or a router that needs more than the
             gate's logits (parameters of its own), or whose choice depends on later tokens.
     """
-    if model in _ACTIVE:
+    if model in _REROUTED:
         raise ConfigError("the model is rerouted already: call remove() of what reroute() returned first")
     if router is not None and not ROUTERS.get(router).is_causal:
         raise UnsupportedError(f"a trained model cannot be rerouted by {router!r}: its choice depends on later tokens")
     layers = moe_layers(model)
     with torch.random.fork_rng(devices=[]):  # a router draws numbers when it is made
         handle = (_reroute_ours if layers else _reroute_gates)(model, router, top_k, options)
-    _ACTIVE[model] = handle
-    handle._undo.insert(0, lambda: _ACTIVE.pop(model, None))
+    _REROUTED.add(model)
+    handle._undo.insert(0, partial(_REROUTED.discard, model))
     return handle
 
 
