@@ -1,4 +1,4 @@
-"""Write what ``benchmarks/experts.py``, ``serving.py`` and ``parallel.py`` measured into the pages of docs/.
+"""Write what the scripts ``experts``, ``null_slots``, ``serving`` and ``parallel`` of benchmarks/ measured into docs/.
 
     .venv/bin/python scripts/benchmark_page.py [benchmarks/results]
 
@@ -18,7 +18,7 @@ from typing import Any
 from moesaic.bench.parallel.grid import best_of
 from moesaic.bench.parallel.scale import CLUSTERS
 from moesaic.bench.report import HEADER, cells, markdown, milliseconds, notes, rows_of, title
-from moesaic.bench.results import read, section
+from moesaic.bench.results import read, section, where_of
 from moesaic.bench.targets import GROUPS, Verdict
 from moesaic.bench.targets import HEADER as VERDICT_HEADER
 from moesaic.parallel.choice.clusters import DEVICES, WIRES
@@ -31,6 +31,7 @@ PARALLEL_PAGE = ROOT / "docs" / "parallelism.md"
 ASSETS = ROOT / "docs" / "assets"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: made by scripts/benchmark_page.py -->\n", "<!-- end of results -->\n"
+SLOTS_BEGIN, SLOTS_END = "<!-- null slots: made by scripts/benchmark_page.py -->\n", "<!-- end of null slots -->\n"
 # Parts of benchmarks/parallel.py: what their tables show, and how it was measured.
 PARALLEL = {
     "links": "What Gloo gets out of the links, against which everything below is to be read: rank 0 sends to the last "
@@ -130,6 +131,23 @@ def model(told: dict[str, Any]) -> str:
     return f"### A whole model\n\n{markdown(header, lines)}" if lines else ""
 
 
+def with_null_slots(text: str, told: dict[str, Any]) -> str:
+    """The page ``text`` with its tables of null slots made anew: a row for each case and backend."""
+    before, rest = text.split(SLOTS_BEGIN)
+    lines = []
+    for part in told.values():
+        for name in dict.fromkeys(point["backend"] for point in part["points"]):
+            own = [point for point in part["points"] if point["backend"] == name]
+            *fewer, whole = own
+            off = [f"{point['ratio'] / point['share'] - 1:+.0%}" for point in fewer]
+            error = max(point["error"] for point in own)
+            lines.append((part["title"], name, *off, f"{milliseconds(whole['seconds'])} ms", f"{error:.1e}"))
+    shares = [f"{point['share']:.0%}" for point in own[:-1]]
+    table = markdown(("layer", "backend", *shares, "all slots", "error"), lines)
+    where = where_of(next(iter(told.values()))["machine"])
+    return f"{before}{SLOTS_BEGIN}\n{where}\n\n{table}\n{SLOTS_END}{rest.split(SLOTS_END)[1]}"
+
+
 def serving_page(text: str, told: dict[str, Any]) -> str:
     """The page on serving with its results made anew from the JSON document of a run."""
     before, rest = text.split(BEGIN)
@@ -226,6 +244,8 @@ def main(folder: Path) -> None:
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
         if document["rows"]:
             shutil.copyfile(folder / "roofline.png", ASSETS / "roofline.png")
+    if told := read(folder / "null_slots.json"):
+        PAGE.write_text(with_null_slots(PAGE.read_text(encoding="utf-8"), told), encoding="utf-8")
     if told := read(folder / "serving.json"):
         SERVING_PAGE.write_text(serving_page(SERVING_PAGE.read_text(encoding="utf-8"), told), encoding="utf-8")
     if told := read(folder / "parallel.json"):

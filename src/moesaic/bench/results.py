@@ -46,11 +46,12 @@ def section(told: Mapping[str, Any], before: Mapping[str, str] | None = None) ->
         said = f"{before[name]}\n\n" if before and name in before else ""
         table = markdown(part["header"], part["rows"]) if part["rows"] else ""
         lines = "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in part["lines"])
-        parts.append(f"**{part['title']}** ({_where(part['machine'])})\n\n{said}{table}{lines}")
+        parts.append(f"**{part['title']}** ({where_of(part['machine'])})\n\n{said}{table}{lines}")
     return "\n".join(parts)
 
 
-def _where(machine: Mapping[str, Any]) -> str:
+def where_of(machine: Mapping[str, Any]) -> str:
+    """The machine, the versions and the time, in one line."""
     cpu, versions = machine["cpu"], machine["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("moesaic", "torch", "transformers"))
     hardware = f"{cpu['model']}, {cpu['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
