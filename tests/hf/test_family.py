@@ -19,6 +19,7 @@ from moesaic.layer import moe_layers
 from moesaic.train.model import count_parameters
 
 ALL = pytest.mark.parametrize("variant", FAMILY)
+COMPILED = {"chain of all", "pre-gated stack"}  # the others take long, and are made of the same
 
 
 @ALL
@@ -90,7 +91,10 @@ def test_in_bf16(variant: str) -> None:
     assert model.bfloat16()(tokens()).logits.dtype == torch.bfloat16
 
 
-@ALL
+@pytest.mark.parametrize(
+    "variant",
+    [each if each in COMPILED else pytest.param(each, marks=pytest.mark.slow) for each in FAMILY],
+)
 def test_compiled(variant: str) -> None:
     torch._dynamo.reset()
     model = model_of(**FAMILY[variant])
