@@ -245,6 +245,15 @@ def test_zero_computation_experts_are_told_apart(tokenizer: PreTrainedTokenizerB
     assert spent["mean"] + spent["free"] == pytest.approx(TOP_K, abs=1e-4)
 
 
+def test_experts_of_unequal_width_count_by_their_size(tokenizer: PreTrainedTokenizerBase) -> None:
+    widths = [8, 8, 16, 4, 4]
+    trace = collected(ours(expert_d_ffs=widths, num_hidden_layers=1), tokenizer)
+    (layer,) = trace.layers
+    met = [sum(3 * 16 * widths[e] for e in ids) for ids in layer.expert_ids.tolist()]
+    idle = 3 * 16 * sum(widths) - sum(met) / len(met)
+    assert trace.model.total_parameters - trace.model.active_parameters == pytest.approx(idle, abs=1)
+
+
 def test_each_routing_of_an_iterated_layer_is_a_layer(tokenizer: PreTrainedTokenizerBase) -> None:
     model = ours(iterations=2, num_hidden_layers=2)
     seen: list[tuple[Routing, ...]] = []

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.data import Document, check_fits
 from moesaic.errors import UnsupportedError, UsageError
 from moesaic.experts.kinds import columns_of
+from moesaic.experts.unequal import banks_of
 from moesaic.hf import is_experts_module
 from moesaic.inspect.passages import cut_passages, vocabulary_of
 from moesaic.inspect.trace import LayerTrace, ModelFacts, Passage, RoutingTrace
@@ -282,18 +283,18 @@ def _facts(model: PreTrainedModel, name: str, records: list[_Record]) -> ModelFa
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0.0
     for module in {record.module: None for record in records}:
-        used_E = _used_shares([record for record in records if record.module is module])
-        if isinstance(module, MoE):
-            sizes_E = torch.tensor(module.expert_sizes(), dtype=torch.float64)
-        else:
-            sizes_E = torch.full_like(used_E, sum(parameter.numel() for parameter in module.parameters()) / len(used_E))
-        idle += float(sizes_E @ (1 - used_E))
+        used_E = _used_share([record for record in records if record.module is module])
+        everyone = range(len(used_E))
+        banks = banks_of(module.experts, len(used_E)) if isinstance(module, MoE) else [(module, everyone)]
+        for bank, own in banks:
+            size = sum(parameter.numel() for parameter in bank.parameters()) / len(own)
+            idle += size * float((1 - used_E[own.start : own.stop]).sum())
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(records)
     return ModelFacts(name, type(model).__name__, int(layers), total, round(total - idle))
 
 
-def _used_shares(records: list[_Record]) -> Tensor:
-    """``[E]``: for each of a layer's experts the share of the tokens that take it in any of their routings."""
+def _used_share(records: list[_Record]) -> Tensor:
+    """``[E]``: the share of the tokens that take an expert of one layer, in any of its routings."""
     num_experts = records[0].num_experts
     used_NE = torch.zeros(sum(map(len, records[0].expert_ids)), num_experts + 1, dtype=torch.bool)
     for record in records:
