@@ -90,14 +90,14 @@ class MoEConfig:
             raise ConfigError("shared_gate needs shared experts: num_shared_experts is 0")
         check_kinds(self.zero_computation_experts)
         self._check_widths()
-        if self.iterations > 1 and self.router == "given":
+        if self.iterations > 1 and not ROUTERS.get(self.router).decides:
             raise ConfigError(
                 f"iterations is {self.iterations}: each routes anew, but routes that are decided ahead of the layer "
                 "(router 'given', pre_gating 'stack') are for one"
             )
         with torch.device("meta"):  # the router knows best what its options may be; without memory, this costs nothing
             create_router(self.router, self.d_model, self.num_choices, self.top_k, **self.router_options)
-        check_balancing(self.balancing, ROUTERS.get(self.router))
+        check_balancing(self.balancing, ROUTERS.get(self.router), self.num_choices)
         ACTIVATIONS.get(self.activation)
 
     def _check_widths(self) -> None:

@@ -53,6 +53,8 @@ class MoE(nn.Module):
         self.router, *others = (
             create_router(c.router, c.d_model, c.num_choices, c.top_k, **c.router_options) for _ in range(c.iterations)
         )
+        for router in others:
+            router.follow(self.router)
         self.next_routers = nn.ModuleList(others)
         if c.num_choices > c.num_experts:
             for router in self.routers:
@@ -98,7 +100,8 @@ class MoE(nn.Module):
 
         Args:
             x: ``[..., D]`` floating point.
-            top_k, capacity_factor: override the configuration for this call.
+            top_k, capacity_factor: override the configuration for this call. Routes that the context brings keep the
+                slots that they have: ``top_k`` is then for the iterations after the first one only.
             token_mask: ``[...]`` boolean, False for tokens (padding) that get no routed expert.
             context: what the router may know beyond ``x``; its ``left`` is then what this one leaves to the next layer.
 
@@ -211,8 +214,15 @@ class MoE(nn.Module):
     def _noted(self, routing: Routing, context: RoutingContext, x: Tensor) -> Routing:
         """The routing with what only the layer knows; tokens that are masked out get no expert."""
         num_ffn = None if self.zero_computation is None else self.config.num_experts
-        routing = replace(routing, num_ffn=num_ffn, sequence_length=x.shape[-2] if x.ndim > 2 else None)
-        return routing if context.token_mask is None else routing.without(~context.token_mask.unsqueeze(1))
+        length = x.shape[-2] if x.ndim > 2 else None
+        mask_T = context.token_mask
+        if mask_T is not None:
+            routing = routing.without(~mask_T.unsqueeze(1))
+        elif routing.token_mask is None:
+            mask_T = torch.ones(routing.expert_ids.shape[0], dtype=torch.bool, device=routing.expert_ids.device)
+        else:  # routes that were decided ahead
+            mask_T = routing.token_mask
+        return replace(routing, num_ffn=num_ffn, sequence_length=length, token_mask=mask_T)
 
     def _step(
         self, x_TD: Tensor, asked: Routing, factor: float, balancing: LayerBalancing

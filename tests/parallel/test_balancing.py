@@ -74,15 +74,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def whole_batch(lengths: Sequence[Sequence[int]], **settings: Any) -> tuple[float, dict[str, Tensor], list[Tensor]]:
-    """One process sees everything at once: the loss, and its gradients by the parameters and by the tokens."""
+def whole_batch(
+    lengths: Sequence[Sequence[int]], **settings: Any
+) -> tuple[float, dict[str, Tensor], list[Tensor], list[int]]:
+    """One process sees everything at once: loss, its gradients by the parameters and by the tokens; counts."""
     model = Model(**settings)
     parts = [part for rank in range(RANKS) for part in parts_of(rank, lengths)]
     tokens = [x_TD.requires_grad_() for x_TD, _ in parts]
     _, loss = model(torch.cat(tokens), torch.cat([mask_T for _, mask_T in parts]))
     loss.backward()
     wanted = [torch.zeros_like(x_TD) if x_TD.grad is None else x_TD.grad for x_TD in tokens]
-    return float(loss.detach()), gradients(model), wanted
+    return float(loss.detach()), gradients(model), wanted, model.moe[0].balancers[0].slot_counts.tolist()
 
 
 def on_rank(
@@ -118,17 +120,16 @@ def on_rank(
     return float(loss), found, [g / (RANKS if spread else 1) for g in own_gradients], counts
 
 
-@pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk"])
+@pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk", "relu"])
 @pytest.mark.parametrize("spread", [False, True], ids=["plain", "parallelized"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
 def test_four_processes_with_accumulation_are_one(checkpointed: bool, spread: bool, router: str) -> None:
     settings = {"router": router}
-    loss, wanted, by_token = whole_batch(UNEVEN, **settings)
+    loss, wanted, by_token, slots = whole_batch(UNEVEN, **settings)
     answers = harness.pool(RANKS).run(on_rank, UNEVEN, True, checkpointed, spread, settings)
-    slots = sum(int(mask_T.sum()) for rank in range(RANKS) for _, mask_T in parts_of(rank, UNEVEN)) * 2
     for got, found, _, counts in answers:
         assert got == pytest.approx(loss, rel=1e-6)
-        assert sum(counts) == slots
+        assert counts == slots
         assert found.keys() >= {"layers.0.router.weight", "layers.1.router.weight"}
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)

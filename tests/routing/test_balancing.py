@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tests import reference
 from torch import Tensor
 
+from moesaic import MoEConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import BALANCERS, ROUTERS, Routing, balance_loss, check_balancing, create_router
 
@@ -43,6 +45,17 @@ class TestLoadBalancing:
         routing.scores = torch.where(hidden, torch.tensor([1.0, 0, 0, 0]), routing.scores)
         assert self.loss(routing.without(hidden)) == pytest.approx(1.0)
 
+    def test_the_layers_mask_says_which_tokens_count(self) -> None:
+        routing = even()
+        routing.scores = torch.where(torch.arange(12).unsqueeze(1) < 4, torch.eye(4)[:1], routing.scores)
+        nobody = torch.ones(12, 1, dtype=torch.bool)
+        nobody[:8] = False  # of the last four none took an expert, yet they are tokens
+        routing = routing.without(nobody)
+        wanted = 4 * (0.25 * (4 * 1 + 8 * 0.25) / 12 + 3 * 0.25 * 8 * 0.25 / 12)
+        assert self.loss(replace(routing, token_mask=torch.ones(12, dtype=torch.bool))) == pytest.approx(wanted)
+        routing = replace(routing, scores=torch.eye(4)[:1].expand(12, 4), token_mask=torch.zeros(12, dtype=torch.bool))
+        assert self.loss(routing) == 0.0
+
     def test_nothing_routed_is_no_loss(self) -> None:
         routing = even()
         assert self.loss(routing.without(torch.ones(12, 1, dtype=torch.bool))) == 0.0
@@ -64,6 +77,10 @@ class TestZLoss:
         routing.logits = None
         with pytest.raises(ConfigError, match="'z_loss' needs a router that has logits"):
             balance_loss(routing, {"z_loss": 1.0})
+
+    def test_is_refused_where_there_are_none(self) -> None:
+        with pytest.raises(ConfigError, match="'z_loss' needs a router that has logits; Hash has none"):
+            MoEConfig(d_model=4, d_ff=4, num_experts=2, router="hash", balancing={"z_loss": 1.0})
 
 
 class TestBiasUpdate:

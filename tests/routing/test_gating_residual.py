@@ -168,3 +168,11 @@ class TestLoss:
     def test_tau_must_be_above_zero(self, tau: float) -> None:
         with pytest.raises(ConfigError, match=f"tau is {tau}: it must be above 0"):
             HeterogeneousLoadBalancing(tau=tau)
+
+    def test_a_token_whose_scores_are_all_zero(self) -> None:
+        scores = torch.tensor([[0.0, 0.0], [3.0, 1.0]], requires_grad=True)
+        routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), scores)
+        loss = loss_of(routing, 1.0)
+        loss.backward()
+        assert loss.item() == pytest.approx(2 * (0.5 * 0.75 / 2 + 0.5 * 0.25 / 2))
+        assert scores.grad is not None and scores.grad[1].isfinite().all()

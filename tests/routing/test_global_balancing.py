@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from moesaic import MoE, MoEConfig, update_balancing
 from moesaic.routing import BALANCERS, Balancer, Router, Routing, counting
@@ -99,6 +100,30 @@ def test_losses_and_gradients_are_the_papers(case: str, exact: bool) -> None:
         assert not layer.slot_counts.any()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_forwards_before_one_backward_with_recomputed_activations(order: tuple[int, int]) -> None:
+    """What a forward knew stays what it knew, though the second one has counted by the time it is done again."""
+    parts = [torch.randn(7, WIDTH), torch.randn(12, WIDTH) + 1.0]
+
+    def gradient(recomputed: bool) -> tuple[Tensor, list[float]]:
+        layer = layer_of(router_options={"normalize": True})
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            return layer(x * 1.5) * 2.0, layer.aux_loss
+
+        outputs = [checkpoint(run, x, use_reentrant=False) if recomputed else run(x) for x in parts]
+        counts = layer.slot_counts.clone()
+        total = sum((outputs[i][1] * (i + 1) for i in order), torch.zeros(()))
+        (total + 1e-3 * sum((y.square().sum() for y, _ in outputs), torch.zeros(()))).backward()
+        assert torch.equal(layer.slot_counts, counts)
+        assert layer.router.weight.grad is not None
+        return layer.router.weight.grad, [loss.item() for _, loss in outputs]
+
+    (kept, losses), (recomputed, again) = gradient(False), gradient(True)
+    assert losses == again
+    torch.testing.assert_close(recomputed, kept, rtol=1e-6, atol=1e-7)
+
+
 def test_with_bfloat16_features() -> None:
     layer = layer_of().bfloat16()
     x = torch.randn(40, WIDTH).bfloat16()
@@ -152,11 +177,23 @@ def test_counting_draws_no_random_numbers_and_gives_no_gradients() -> None:
     assert torch.equal(torch.rand(4), wanted)
 
 
-def test_without_a_loss_over_the_batch_counting_does_nothing() -> None:
-    layer, x = layer_of(balancing={"load_balancing": 1.0}), torch.randn(9, WIDTH)
-    with counting(layer):
+def test_counting_leaves_the_counts_of_others_as_they_are() -> None:
+    layers = nn.ModuleList(
+        layer_of(router="sigmoid_topk", balancing=balancing)
+        for balancing in ({"global_load_balancing": 1.0}, {"bias_update": 0.1, "load_balancing": 1.0})
+    )
+    x = torch.randn(9, WIDTH)
+    for layer in layers:
         layer(x)
-    assert layer.aux_loss.item() > 0
+    first, second = (layer.balancers[0] for layer in layers)  # type: ignore[operator,union-attr]
+    before, losses = second.slot_counts.clone(), second.losses
+    with counting(layers):
+        for layer in layers:
+            layer(torch.randn(5, WIDTH))
+    assert int(first.slot_counts.sum()) == 10 and torch.equal(second.slot_counts, before) and second.losses is losses
+    for layer in layers:
+        layer(x)
+    assert int(first.slot_counts.sum()) == 10 and torch.equal(second.slot_counts, 2 * before)
 
 
 def test_it_goes_together_with_all_others() -> None:

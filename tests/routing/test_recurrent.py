@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moesaic import MoE, MoEConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import Routing, RoutingContext, create_router
 from moesaic.routing.recurrent import RecurrentTopK
@@ -196,3 +197,31 @@ def test_what_cannot_be() -> None:
         stack(1)[0].follow(stack(1, state_width=6)[0])
     with pytest.raises(ConfigError, match="only with one of state_width = 5"):
         stack(1)[0].follow(create_router("softmax_topk", 8, 6, 2))
+
+
+def test_the_routers_of_a_lone_layers_iterations_share_one_gru() -> None:
+    def layer_of(iterations: int, **options: Any) -> MoE:
+        settings = {"router": "recurrent", "router_options": {"state_width": 5, **options}}
+        return MoE(MoEConfig(d_model=8, d_ff=4, num_experts=3, top_k=1, iterations=iterations, **settings))
+
+    one, three = layer_of(1), layer_of(3)
+    assert {name for name in one.state_dict() if "cell" in name} == {
+        name for name in three.state_dict() if "cell" in name
+    }
+    assert len([name for name in layer_of(3, shared=False).state_dict() if "bias_ih" in name]) == 3
+    three = copy.deepcopy(three)
+    three(torch.randn(6, 8)).sum().backward()
+    assert three.router.cell.weight_ih.grad.abs().sum() > 0
+    before = layer_of(1)
+    for router in three.routers:
+        router.follow(before.router)
+    assert not any("cell" in name for name in three.state_dict())
+    three(torch.randn(6, 8)).sum().backward()
+    assert before.router.cell.weight_ih.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+def test_a_router_that_was_followed_may_follow_another() -> None:
+    first, second = stack(1)[0], stack(2)
+    second[0].follow(first)
+    second[1](torch.randn(3, 8)).weights.sum().backward()
+    assert second[1]._common() is first.cell

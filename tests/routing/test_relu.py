@@ -201,14 +201,55 @@ def test_padding_does_not_count_in_the_losses() -> None:
     padded = torch.cat([torch.ones(3, 16), x]).repeat(2, 1)  # two sequences, padded on the left
     hidden = torch.tensor([True] * 3 + [False] * 10).repeat(2).unsqueeze(1)
     routing = router(padded).without(hidden)
-    routing.sequence_length = 13
+    routing.sequence_length, routing.token_mask = 13, ~hidden.squeeze(1)
     alone = router(x)
     loss = balancer("activation_locality").loss
     torch.testing.assert_close(loss(routing, routing.counts()), loss(alone, alone.counts()))
     loss = balancer("chunk_sparsity", chunk_length=13).loss
     torch.testing.assert_close(loss(routing, routing.counts()), loss(alone, alone.counts()))
     everywhere = router(padded).without(torch.ones_like(hidden))
+    everywhere.token_mask = torch.zeros(26, dtype=torch.bool)
     assert loss(everywhere, everywhere.counts()) == 0
+
+
+def test_padding_with_negative_logits_only_does_not_count() -> None:
+    names = ("activation_locality", "chunk_sparsity", "load_balancing", "z_loss")
+    config = moesaic.MoEConfig(
+        d_model=16, d_ff=8, num_experts=8, top_k=8, router="relu", balancing=dict.fromkeys(names, 1.0)
+    )
+    layer = moesaic.MoE(config)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.randn(8, 16).abs())
+    x = torch.randn(1, 10, 16)
+    x[0, 4] = -1.0  # a token that takes no expert, but is one
+    layer(x)
+    wanted = dict(layer.balancers[0].losses)
+    routing = layer.last_routing
+    assert routing is not None and (routing.expert_ids[4] == 8).all()
+    sparsity = token_sparsity(routing)
+    padded = torch.cat([x.new_full((1, 16, 16), -1.0), x], dim=1)
+    layer(padded, token_mask=torch.arange(26).unsqueeze(0) >= 16)
+    assert layer.last_routing is not None and layer.last_routing.token_mask is not None
+    assert layer.last_routing.token_mask.tolist() == [False] * 16 + [True] * 10
+    torch.testing.assert_close(token_sparsity(layer.last_routing), sparsity)
+    for name in names:
+        torch.testing.assert_close(layer.balancers[0].losses[name], wanted[name])
+
+
+def test_a_token_without_experts_counts_in_the_means() -> None:
+    """Over a part with such a token and one without, weighted by the tokens, the z-loss is that of all tokens."""
+    balancing = {"z_loss": 1.0}
+    layer = moesaic.MoE(moesaic.MoEConfig(16, 8, 4, 4, router="relu", balancing=balancing))
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.randn(4, 16).abs())
+    x = torch.randn(6, 16)
+    x[1] = -1.0
+    layer(x)
+    logits = x.double() @ layer.router.weight.double().T
+    wanted = 0.0
+    for row in logits.tolist():
+        wanted += math.log(sum(math.exp(value) for value in row)) ** 2 / 6
+    assert layer.aux_loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_losses_do_what_they_are_for() -> None:

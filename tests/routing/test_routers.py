@@ -118,6 +118,21 @@ class TestSelectionBias:
         assert list(router.state_dict()) == ["weight", "selection_bias"]
         assert [name for name, _ in router.named_parameters()] == ["weight"]
 
+    def test_can_be_built_on_the_meta_device(self) -> None:
+        with torch.device("meta"):
+            router = create_router("sigmoid_topk", 4, 6, 2)
+        router = router.to_empty(device="cpu")
+        router.reset_parameters()
+        assert router.get_buffer("selection_bias").tolist() == [0.0] * 6
+        assert router.bfloat16().get_buffer("selection_bias").dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        ("options", "groups"), [({}, 1), ({"num_groups": 3}, 3), ({"num_groups": 3, "top_groups": 3}, 1)]
+    )
+    def test_says_which_groups_are_closed(self, options: dict[str, int], groups: int) -> None:
+        assert ROUTERS.get("sigmoid_topk").closed_groups(options) == groups
+        assert ROUTERS.get("softmax_topk").closed_groups({}) == 1
+
     def test_excluded_groups_stay_excluded_where_every_score_is_negative(self) -> None:
         router = spread("sigmoid_topk", num_groups=4, top_groups=1, top_k=2)
         router.selection_bias.fill_(-5.0)  # a score set to 0 would beat all of them

@@ -188,3 +188,17 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     if "entropy_index" in options:
         with pytest.raises(ConfigError, match=message):
             balancer(**options)
+
+
+def test_scores_that_do_not_sum_to_one_are_normalized() -> None:
+    torch.manual_seed(0)
+    router = create_router("sigmoid_topk", 16, 4, 2)
+    torch.nn.init.normal_(router.weight)
+    routing = router(torch.randn(6, 16))
+    wanted = 0.0
+    for row in routing.scores.double():
+        wanted += (
+            entropy([p / row.sum() for p in row], 1.1).item() / entropy([row.new_tensor(0.25)] * 4, 1.1).item() / 6
+        )
+    assert balancer().loss(routing, routing.counts()).item() == pytest.approx(wanted, rel=1e-5)
+    assert 0 < wanted < 1

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from moesaic.errors import CheckpointError, UnsupportedError, UsageError
 from moesaic.hf.load import load_config, model_folder
 from moesaic.hf.save import new_folder
+from moesaic.routing import ROUTERS
 
 NOTE = "placement.json"
 """The file of a placed model's folder that says where its experts come from."""
@@ -290,8 +291,7 @@ def _groups(config: Any, num_experts: int) -> int:
     """How many groups a router of this configuration chooses among; 1 where all of them are always open."""
     config = config.get_text_config()
     if config.model_type == "moesaic":
-        options = config.router_options if config.router == "sigmoid_topk" else {}
-        groups, open_groups = options.get("num_groups", 1), options.get("top_groups", 1)
+        groups, open_groups = ROUTERS.get(config.router).closed_groups(config.router_options), 1
     else:
         groups, open_groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
         if getattr(config, "topk_method", None) == "greedy":  # DeepSeek-V2's way to say that there are none

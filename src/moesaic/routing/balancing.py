@@ -60,6 +60,9 @@ class Balancer:
     def check(router: type[Router]) -> None:
         """Raise :class:`ConfigError` where this balancer cannot work with that router."""
 
+    def check_choices(self, num_choices: int) -> None:
+        """Raise :class:`ConfigError` where this balancer, with its options, cannot work with that many columns."""
+
 
 @BALANCERS.register("load_balancing")
 class LoadBalancing(Balancer):
@@ -107,7 +110,12 @@ class ZLoss(Balancer):
     def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
         if routing.logits is None:
             raise ConfigError("the balancer 'z_loss' needs a router that has logits")
-        return mean_over_routed(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).squeeze()
+        return mean_over_tokens(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).squeeze()
+
+    @staticmethod
+    def check(router: type[Router]) -> None:
+        if not router.has_logits:
+            raise ConfigError(f"the balancer 'z_loss' needs a router that has logits; {router.__name__} has none")
 
 
 @BALANCERS.register("bias_update")
@@ -133,15 +141,26 @@ class BiasUpdate(Balancer):
 def load_balancing(routing: Routing, counts_E: Tensor) -> Tensor:
     """E · Σ_e f_e · P_e of a routing's scores, f in proportion to ``counts_E``: a float32 scalar."""
     fraction_E = counts_E / counts_E.sum().clamp(min=1)
-    sum_T1 = routing.scores.sum(dim=-1, keepdim=True)
-    share_TE = routing.scores / sum_T1.clamp(min=torch.finfo(sum_T1.dtype).tiny)  # all 0: a token without any expert
-    return routing.num_experts * (fraction_E * mean_over_routed(share_TE, routing)).sum()
+    return routing.num_experts * (fraction_E * mean_over_tokens(shares(routing.scores), routing)).sum()
 
 
-def mean_over_routed(values_TX: Tensor, routing: Routing) -> Tensor:
-    """``[X]``: mean over the tokens that have an expert at all; padded tokens (all slots null) do not count."""
-    routed_T1 = (routing.expert_ids < routing.num_experts).any(dim=-1, keepdim=True)
-    return torch.where(routed_T1, values_TX, 0.0).sum(dim=0) / routed_T1.sum().clamp(min=1)
+def mean_over_tokens(values_TX: Tensor, routing: Routing) -> Tensor:
+    """``[X]``: mean over all tokens but padding, also those that took no expert.
+
+    Where no layer has told which those are (``routing.token_mask`` is None), tokens whose slots are all null count as
+    padding: :meth:`Routing.without` makes them so.
+    """
+    mask_T = routing.token_mask
+    if mask_T is None:
+        mask_T = (routing.expert_ids < routing.num_experts).any(dim=-1)
+    here_T1 = mask_T.unsqueeze(-1)
+    return torch.where(here_T1, values_TX, 0.0).sum(dim=0) / here_T1.sum().clamp(min=1)
+
+
+def shares(scores_TE: Tensor) -> Tensor:
+    """``[T, E]``: scores divided by their sum; 0 for a token all of whose scores are 0."""
+    sum_T1 = scores_TE.sum(dim=-1, keepdim=True)
+    return scores_TE / sum_T1.clamp(min=torch.finfo(sum_T1.dtype).tiny)
 
 
 def create_balancer(name: str, entry: float | Mapping[str, Any]) -> tuple[Balancer, schedule.Schedule]:
@@ -161,13 +180,19 @@ def create_balancer(name: str, entry: float | Mapping[str, Any]) -> tuple[Balanc
     return kind(**options), planned
 
 
-def check_balancing(balancing: Mapping[str, Any], router: type[Router]) -> None:
-    """Refuse balancers that are unknown or do not go with the router, unknown keys, and values out of range."""
+def check_balancing(balancing: Mapping[str, Any], router: type[Router], num_choices: int | None = None) -> None:
+    """Refuse balancers that are unknown or do not go with the router, unknown keys, and values out of range.
+
+    Args:
+        num_choices: what the router chooses among, where that is known.
+    """
     if not isinstance(balancing, Mapping):
         raise ConfigError(f"balancing is {balancing!r}: it must be a table of balancers and their coefficients")
     for name, entry in balancing.items():
         BALANCERS.get(name).check(router)
-        create_balancer(name, entry)
+        balancer, _ = create_balancer(name, entry)
+        if num_choices is not None:
+            balancer.check_choices(num_choices)
 
 
 def has_loss(balancer: Balancer) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_routed
+from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_tokens
 from moesaic.routing.routing import Routing
 
 
@@ -30,11 +30,14 @@ class Budget(Balancer):
             raise ConfigError(f"option 'share' of balancer 'budget' is {share}: it must be from 0 to 1")
         self.expert, self.share = expert, share
 
-    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
-        if self.expert >= routing.num_experts:
+    def check_choices(self, num_choices: int) -> None:
+        if self.expert >= num_choices:
             raise ConfigError(
-                f"option 'expert' of balancer 'budget' is {self.expert}: the router chooses among {routing.num_experts}"
+                f"option 'expert' of balancer 'budget' is {self.expert}: the router chooses among {num_choices}"
             )
+
+    def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
+        self.check_choices(routing.num_experts)
         total_T1 = routing.scores.sum(dim=-1, keepdim=True).clamp(min=1e-9)  # all 0: a token without any expert
         share_T1 = routing.scores[:, self.expert : self.expert + 1] / total_T1
-        return (mean_over_routed(share_T1, routing) - self.share).square().squeeze()
+        return (mean_over_tokens(share_T1, routing) - self.share).square().squeeze()

@@ -43,6 +43,10 @@ def limit_capacity(routing: Routing, factor: float, tau: float = 1.0) -> Routing
     First choices go before second ones, and earlier tokens before later ones (GShard, algorithm 1). The weights of a
     token's remaining slots are not changed. ``factor == 0`` is dropless and returns the routing as it came.
 
+    A limit is not causal: the capacity goes by the number of all tokens, and later tokens' first choices push out
+    earlier ones' second choices. Text that is written token by token so takes other slots than the same text read at
+    once.
+
     Args:
         routing: for T tokens, K slots, E experts; slots that are null already take no capacity.
         factor: ``> 0`` and ``< 0`` limit alike here; only the former also pads (see ``Dispatch.from_routing``).

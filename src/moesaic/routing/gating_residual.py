@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
-from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_routed
+from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_tokens, shares
 from moesaic.routing.context import RoutingContext
 from moesaic.routing.router import ROUTERS, Router, float32_linear
 from moesaic.routing.routing import Routing
@@ -84,7 +84,6 @@ class HeterogeneousLoadBalancing(Balancer):
 
     def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
         fraction_E = counts_E / counts_E.sum().clamp(min=1)
-        share_TE = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
-        terms_E = fraction_E * mean_over_routed(share_TE, routing)
+        terms_E = fraction_E * mean_over_tokens(shares(routing.scores), routing)
         first = routing.num_experts if routing.num_ffn is None else routing.num_ffn
         return routing.num_experts * (terms_E[:first].sum() + self.tau * terms_E[first:].sum())

@@ -24,6 +24,7 @@ class Given(Router):
     """
 
     reads_context: ClassVar[bool] = True
+    decides: ClassVar[bool] = False
 
     def __init__(self, d_model: int, num_experts: int, top_k: int) -> None:
         super().__init__(d_model, num_experts, top_k)

@@ -28,6 +28,7 @@ class Hash(Router):
     """
 
     reads_context = True
+    has_logits = False
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, *, vocab_size: int = 0) -> None:
         super().__init__(d_model, num_experts, top_k)

@@ -74,15 +74,17 @@ class LayerBalancing(nn.Module):
         # Cloned, for a balancer may keep it for its backward, and the next forward adds to it.
         batch_E = self.slot_counts.clone() if self.over_batch and self.training else counts_E
         self.losses = {}
-        for name, (balancer, _) in self._parts.items():
-            loss = balancer.loss(asked, batch_E if balancer.over_batch else counts_E)
-            if loss is not None:
-                total = total + self.coefficient(name) * loss
-                self.losses[name] = loss.detach()
+        with _kept() if self.over_batch else contextlib.nullcontext():
+            for name, (balancer, _) in self._parts.items():
+                loss = balancer.loss(asked, batch_E if balancer.over_batch else counts_E)
+                if loss is not None:
+                    total = total + self.coefficient(name) * loss
+                    self.losses[name] = loss.detach()
         return total
 
     def _count(self, counts_E: Tensor) -> None:
-        if not self._counting and (not self.training or self._ahead or recomputing()):
+        skipped = not self.over_batch if self._counting else (not self.training or self._ahead or recomputing())
+        if skipped:
             return
         if self.over_batch and not self._shared:
             # At once: then all ranks hold the same, and DistributedDataParallel may hand its buffers around.
@@ -108,8 +110,9 @@ class LayerBalancing(nn.Module):
             self.step += 1
 
     def begin_counting(self) -> None:
-        """From here on forwards are counted only, anew."""
-        self.slot_counts.zero_()
+        """From here on forwards are counted only, anew; where no balancer goes by the batch, not even that."""
+        if self.over_batch:
+            self.slot_counts.zero_()
         self._counting, self._ahead = True, False
 
     def end_counting(self, whole: bool) -> None:
@@ -118,8 +121,8 @@ class LayerBalancing(nn.Module):
         Args:
             whole: whether all forwards of the batch have been counted, so that what comes goes by it.
         """
-        self._counting, self._ahead = False, whole
-        if not whole:
+        self._counting, self._ahead = False, whole and self.over_batch
+        if self.over_batch and not whole:
             self.slot_counts.zero_()
 
     def extra_repr(self) -> str:
@@ -139,9 +142,10 @@ def counting(model: nn.Module) -> Iterator[None]:
     Inside, there are no gradients. Afterwards, until :func:`moesaic.update_balancing`, balancers such as
     ``global_load_balancing`` go by the slots of all these forwards, on all ranks; random numbers are drawn as if the
     context had not been, so that dropout and noise choose the same experts again. It costs a forward without its
-    backward for each part; without such a balancer, nothing needs it. Of several ranks all do it together.
+    backward for each part; without such a balancer, nothing needs it. What other balancers count stays as it is. Of
+    several ranks all do it together.
     """
-    layers = [module for module in model.modules() if isinstance(module, LayerBalancing) and module.over_batch]
+    layers = [module for module in model.modules() if isinstance(module, LayerBalancing)]
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
     whole = False
@@ -164,6 +168,21 @@ def over_ranks(counts_E: Tensor) -> Tensor:
     total_E = counts_E.clone()
     dist.all_reduce(total_E)
     return total_E
+
+
+def _kept() -> contextlib.AbstractContextManager[object]:
+    """What a loss saves for its backward is kept as it is, also in a region that activation checkpointing recomputes.
+
+    The counts of the batch have grown where other forwards came between; the region, computed again, would put those in
+    the place of what its own forward knew. What is kept is small: some ``[T, E]`` of a layer.
+    """
+    if torch.compiler.is_compiling():  # compiled code keeps or recomputes what it likes, without running any of this
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def recomputing() -> bool:

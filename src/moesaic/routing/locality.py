@@ -83,7 +83,8 @@ def token_sparsity(routing: Routing, token_mask: Tensor | None = None) -> Tensor
     """Float32 scalar: the share of the FFN experts that a token leaves alone, its mean over the tokens.
 
     Args:
-        token_mask: ``[T]`` or ``[B, S]`` boolean, False for tokens that do not count. NaN where none counts.
+        token_mask: ``[T]`` or ``[B, S]`` boolean, False for tokens that do not count; those of ``routing.token_mask``
+            by default. NaN where none counts.
     """
     active_TE = active_experts(routing)
     return 1 - _mean_or_nan(active_TE, _mask(routing, token_mask))
@@ -112,9 +113,9 @@ def active_experts(routing: Routing) -> Tensor:
 
 
 def is_token(routing: Routing) -> Tensor:
-    """``[T]`` boolean: False for padding, whose slots are all null though it has scores."""
-    has_expert_T = (routing.expert_ids < routing.num_experts).any(dim=-1)
-    return has_expert_T | ~(routing.scores > 0).any(dim=-1)
+    """``[T]`` boolean: False for padding; all True where no layer has told which tokens are (a token may well have
+    taken no expert)."""
+    return _mask(routing, routing.token_mask)
 
 
 def by_sequence(values: Tensor, routing: Routing) -> Tensor:
@@ -143,6 +144,8 @@ def _mean_or_nan(active: Tensor, counts: Tensor) -> Tensor:
 
 def _mask(routing: Routing, token_mask: Tensor | None) -> Tensor:
     num_tokens, device = routing.expert_ids.shape[0], routing.expert_ids.device
+    if token_mask is None:
+        token_mask = routing.token_mask
     if token_mask is None:
         return torch.ones(num_tokens, dtype=torch.bool, device=device)
     return token_mask.reshape(num_tokens).to(device, torch.bool)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
-from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_routed
+from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_tokens
 from moesaic.routing.router import ROUTERS, Router, float32_linear
 from moesaic.routing.routing import Routing
 
@@ -93,7 +93,7 @@ class Load(Balancer):
         border_TE = torch.where(taken_TE, values[:, -1:], values[:, -2:-1])
         # Where softplus has underflowed nothing is uncertain; dividing by 0 would make a NaN of an exact tie.
         sigmas_TE = (routing.clean_logits - border_TE) / routing.noise_std.clamp(min=1e-6)
-        return _squared_cv(mean_over_routed(torch.special.ndtr(sigmas_TE), routing))
+        return _squared_cv(mean_over_tokens(torch.special.ndtr(sigmas_TE), routing))
 
     @staticmethod
     def check(router: type[Router]) -> None:

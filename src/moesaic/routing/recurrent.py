@@ -25,7 +25,8 @@ class RecurrentTopK(Router):
     another, and generation needs no cache beside that of the attention. We followed the authors' published code.
 
     :meth:`follow` makes the GRU of another router this one's; :class:`moesaic.MoesaicModel` does so for all MoE layers
-    after its first one. With layers of one's own, also hand on the state: ``RoutingContext(carried=before.left)``. We
+    after its first one, and :class:`moesaic.MoE` for the routers of its iterations. With layers of one's own, also hand
+    on the state: ``RoutingContext(carried=before.left)``. We
     differ from the paper in that everything is computed in float32, and that the GRU starts from PyTorch's
     distribution.
 
@@ -87,11 +88,18 @@ class RecurrentTopK(Router):
 
     def state(self, x_TD: Tensor, carried_TP: Tensor | None) -> Tensor:
         """``[T, P]`` float32: the state after this layer, from that of the layer before (None ahead of the first)."""
-        cell = self.cell if self.cell is not None else self.__dict__["_first"].cell
+        cell = self._common()
         projected_TP = float32_linear(x_TD, self.projection)
         before_TP = torch.zeros_like(projected_TP) if carried_TP is None else carried_TP
         state_TP: Tensor = cell(projected_TP, before_TP)
         return state_TP
+
+    def _common(self) -> GatedCell:
+        first: RecurrentTopK | None = self.__dict__.get("_first")
+        if self.cell is not None or first is None:
+            assert self.cell is not None
+            return self.cell
+        return first._common()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, state_width={self.state_width}"

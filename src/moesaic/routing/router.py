@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,8 @@ class Router(nn.Module, ABC):
     selection only: what the balancer ``bias_update`` moves. With ``reads_context`` the layer calls ``forward(x_TD,
     top_k, context)`` with its :class:`RoutingContext`. ``is_adaptive`` says that ``top_k`` is the most experts that a
     token may take, and that it may take fewer. Where ``is_causal`` is False a token's experts depend on tokens after
-    it, so that text cannot be generated.
+    it, so that text cannot be generated. ``has_logits`` says that ``Routing.logits`` is set; where ``decides`` is False
+    it takes routes that were decided ahead of the layer.
 
     ``num_ffn`` is set by who builds it into a layer: the columns from this one on are zero-computation experts; None
     where there are none. ``logit_shift`` is None, or a float32 ``[E]`` that is added to the logits (rerouting at test
@@ -38,6 +40,8 @@ class Router(nn.Module, ABC):
     reads_context: ClassVar[bool] = False
     is_adaptive: ClassVar[bool] = False
     is_causal: ClassVar[bool] = True
+    has_logits: ClassVar[bool] = True
+    decides: ClassVar[bool] = True
     num_ffn: int | None = None
     logit_shift: Tensor | None = None
 
@@ -66,6 +70,12 @@ class Router(nn.Module, ABC):
 
     def follow(self, first: Router) -> None:
         """Share with the router of the model's first MoE layer what all layers have in common: nothing, by default."""
+
+    @classmethod
+    def closed_groups(cls, options: Mapping[str, Any]) -> int:
+        """With these ``router_options``: how many equal groups of experts there are, of which a token may choose from
+        some only; 1 where it may choose from all."""
+        return 1
 
     def slots(self, top_k: int | None) -> int:
         """The number of slots for this call, checked against the number of experts."""

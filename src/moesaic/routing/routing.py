@@ -24,6 +24,8 @@ class Routing:
         num_ffn: set by the layer: the columns from this one on are zero-computation experts; None where there are none.
         sequence_length: set by the layer: tokens of one sequence follow each other in runs of this length; None where
             that is not known.
+        token_mask: ``[T]`` boolean, False for padding, set by the layer (True throughout where nothing is masked); None
+            for a routing that no layer has seen.
 
     With zero-computation experts E here counts them too: what a router chooses among.
     """
@@ -36,6 +38,7 @@ class Routing:
     carry: Tensor | None = None
     num_ffn: int | None = None
     sequence_length: int | None = None
+    token_mask: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,9 @@ class SigmoidTopK(Router):
         """``to``, ``cuda``, ``bfloat16``, ...: the bias changes device, but stays float32: its steps are small."""
         bias = self.selection_bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.selection_bias = bias.to(self.selection_bias.device)
+        device = self.selection_bias.device
+        # From the meta device (to_empty) there are no values to take along.
+        self.selection_bias = torch.empty_like(bias, device=device) if bias.is_meta else bias.to(device)
         return self
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -69,6 +72,11 @@ class SigmoidTopK(Router):
         bias = self._buffers.get("selection_bias")  # not there yet while the base class is built
         if bias is not None:
             nn.init.zeros_(bias)
+
+    @classmethod
+    def closed_groups(cls, options: Mapping[str, Any]) -> int:
+        groups: int = options.get("num_groups", 1)
+        return groups if options.get("top_groups", 1) < groups else 1
 
     def slots(self, top_k: int | None) -> int:
         top_k = super().slots(top_k)

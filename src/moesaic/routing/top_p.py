@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_routed
+from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_tokens
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
 
@@ -63,4 +63,4 @@ class Entropy(Balancer):
         share_TE = routing.scores / routing.scores.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         # Below the smallest float's logarithm there is nothing to gain, and the gradient of 0 · log 0 is infinite.
         log_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny).log()
-        return mean_over_routed(-(share_TE * log_TE).sum(dim=-1, keepdim=True), routing).squeeze()
+        return mean_over_tokens(-(share_TE * log_TE).sum(dim=-1, keepdim=True), routing).squeeze()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_routed
+from moesaic.routing.balancing import BALANCERS, Balancer, mean_over_tokens, shares
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
 
@@ -80,7 +80,8 @@ class TsallisEntropy(Balancer):
     decided. The authors' coefficient is 0.01, beside ``load_balancing`` with 0.001.
 
     Args:
-        entropy_index: q, as of the router ``"tsallis"``; the scores of the router must sum to 1.
+        entropy_index: q, as of the router ``"tsallis"``. Scores that do not sum to 1 over the experts are normalized
+            per token first.
     """
 
     def __init__(self, *, entropy_index: float = 1.1) -> None:
@@ -88,8 +89,8 @@ class TsallisEntropy(Balancer):
         self.entropy_index = entropy_index
 
     def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
-        entropy_T1 = tsallis_entropy(routing.scores, self.entropy_index).unsqueeze(-1)
-        return mean_over_routed(entropy_T1, routing).squeeze()
+        entropy_T1 = tsallis_entropy(shares(routing.scores), self.entropy_index).unsqueeze(-1)
+        return mean_over_tokens(entropy_T1, routing).squeeze()
 
 
 def tsallis_entropy(scores_TE: Tensor, index: float) -> Tensor:
