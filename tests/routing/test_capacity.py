@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests import reference
 
+from moesaic import MoE, MoEConfig
 from moesaic.errors import ConfigError
 from moesaic.routing import Routing, expert_capacity, limit_capacity
 from moesaic.routing.capacity import ffn_factor
@@ -132,3 +133,21 @@ class TestHeterogeneous:
 def test_a_factor_that_is_no_number(factor: float) -> None:
     with pytest.raises(ConfigError, match=f"capacity_factor is {factor}: it must be finite"):
         limit_capacity(routing_of([[0]], 1), factor)
+
+
+def test_text_is_written_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later tokens push out earlier ones' second choices, but a token that is written alone keeps both of its own."""
+    before = routing_of([[0, 1], [0, 1]], 2)
+    after = routing_of([[0, 1], [0, 1], [1, 0], [1, 0]], 2)
+    assert limit_capacity(before, -1.0).expert_ids.tolist() == [[0, 1], [0, 1]]
+    assert limit_capacity(after, -0.5).expert_ids[:2].tolist() == [[0, 2], [0, 2]]
+
+    from moesaic.hf import causality
+
+    monkeypatch.setattr(causality, "_warned_of_capacity", False)
+    free, limited = (MoE(MoEConfig(4, 4, 2, capacity_factor=factor)) for factor in (0.0, -1.0))
+    assert causality.later_slots_seen([free]) == ""
+    causality.refuse_generation(free)
+    with pytest.warns(causality.NotCausalWarning, match=r"capacity_factor -1\.0 is not causal"):
+        causality.refuse_generation(limited)
+    causality.refuse_generation(limited)  # once

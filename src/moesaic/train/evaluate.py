@@ -20,7 +20,7 @@ from moesaic.data.documents import Skipped
 from moesaic.data.sources import STDLIB
 from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.errors import CheckpointError, ConfigError
-from moesaic.hf.causality import later_tokens_seen
+from moesaic.hf.causality import later_slots_seen, later_tokens_seen
 from moesaic.hf.load import load_model, model_folder
 from moesaic.layer import moe_layers
 from moesaic.train.loss import token_losses
@@ -58,8 +58,8 @@ class Evaluation:
         skipped: what of the text could not be read.
         text_changed: a run's own text is no longer what it was trained on, so that what it held out may not be what is
             held out now.
-        not_causal: which router looks at later tokens, so that the perplexity is not that of a model that writes text;
-            "" where none does.
+        not_causal: which router or capacity looks at later tokens, so that the perplexity is not that of a model that
+            writes text; "" where none does.
     """
 
     model: str
@@ -207,9 +207,9 @@ def evaluate_folder(
         bytes_per_token=bytes_per_token(data, sides),
     )
     changed = sources is None and fingerprint not in (None, data.fingerprint)
-    return Evaluation(
-        str(path), split, sequence_length, results, data.skipped, changed, later_tokens_seen(moe_layers(model))
-    )
+    layers = moe_layers(model)
+    not_causal = later_tokens_seen(layers) or later_slots_seen(layers)
+    return Evaluation(str(path), split, sequence_length, results, data.skipped, changed, not_causal)
 
 
 def _run_of(path: Path) -> tuple[TextSettings | None, str | None]:
