@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from moesaic.dispatch import Dispatch
     from moesaic.errors import MoesaicError
     from moesaic.experts import ExpertBank, use_backend
-    from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, QuantizationConfig, freeze, quantize
+    from moesaic.hf import (
+        MoesaicConfig,
+        MoesaicForCausalLM,
+        QuantizationConfig,
+        Rewirer,
+        Rewiring,
+        freeze,
+        quantize,
+    )
     from moesaic.hf.parallelize import parallelize
     from moesaic.hf.reroute import reroute
     from moesaic.layer import MoE, update_balancing
@@ -34,6 +42,8 @@ _HOMES: dict[str, str | None] = {
     "MoesaicError": "moesaic.errors",
     "MoesaicForCausalLM": "moesaic.hf",
     "QuantizationConfig": "moesaic.hf",
+    "Rewirer": "moesaic.hf",
+    "Rewiring": "moesaic.hf",
     "Routing": "moesaic.routing",
     "adapters": None,
     "autotune": None,
@@ -60,6 +70,8 @@ __all__ = [
     "MoesaicError",
     "MoesaicForCausalLM",
     "QuantizationConfig",
+    "Rewirer",
+    "Rewiring",
     "Routing",
     "adapters",
     "autotune",

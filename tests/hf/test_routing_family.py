@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor
 import moesaic
 from moesaic import MoesaicConfig, MoesaicForCausalLM, update_balancing
 from moesaic.errors import ConfigError, UnsupportedError
-from moesaic.hf import causality
-from moesaic.hf.causality import NotCausalWarning
+from moesaic.hf.causality import NotCausalWarning, has_been_told
 from moesaic.layer import moe_layers
+
+# Where the warning is wanted it is caught.
+pytestmark = pytest.mark.filterwarnings("ignore::moesaic.hf.causality.NotCausalWarning")
 
 FAMILY: dict[str, dict[str, Any]] = {
     "noisy": {"router": "noisy_topk", "balancing": {"importance": 0.1, "load": 0.1}},
@@ -70,14 +72,6 @@ def gradients(model: MoesaicForCausalLM, seed: int = 1) -> tuple[float, dict[str
     loss = model(tokens(), labels=tokens()).loss
     loss.backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture(autouse=True)
-def warned() -> Iterator[None]:
-    """The warning of training has been given, except to who asks for it."""
-    before, causality._warned = causality._warned, True
-    yield
-    causality._warned = before
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -194,6 +188,10 @@ class TestGeneration:
         model = model_of("expert choice")
         with pytest.raises(UnsupportedError, match=message):
             model.generate(tokens(), max_new_tokens=2)
+        for name in ("generate_batch", "init_continuous_batching"):  # not in every version of transformers
+            if hasattr(model, name):
+                with pytest.raises(UnsupportedError, match=message):
+                    getattr(model, name)([[3, 4]])
 
     def test_expert_choice_is_not_served(self) -> None:
         from moesaic.serve.model import prepare
@@ -207,25 +205,44 @@ class TestGeneration:
             model(inputs_embeds=model.get_input_embeddings()(tokens()))
 
 
+def said(act: Callable[..., object], *args: Any, **kwargs: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act(*args, **kwargs)
+    return [str(each.message) for each in caught if each.category is NotCausalWarning]
+
+
 class TestWarning:
-    def test_is_given_once_while_training(self) -> None:
-        model, ids = model_of("expert choice"), tokens()
-        causality._warned = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model(ids, labels=ids)
-        with pytest.warns(NotCausalWarning, match=r"'expert_choice' is not causal.*generation is refused"):
-            model.train()(ids, labels=ids)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model(ids, labels=ids)
+    @pytest.mark.parametrize("begin", ["train", "forward"])
+    def test_is_given_once_a_model_while_training(self, begin: str) -> None:
+        ids = tokens()
+        for _ in range(2):
+            model = model_of("expert choice")
+            assert said(model, ids, labels=ids) == []
+            if begin == "forward":  # as a model is that has just been made
+                for module in model.modules():
+                    module.training = True
+            (message,) = said(model.train) if begin == "train" else said(model, ids, labels=ids)
+            assert "'expert_choice' is not causal" in message
+            assert "generation is refused" in message
+            assert said(model.train) == []
+            assert said(model, ids, labels=ids) == []
+
+    def test_is_given_where_the_forward_is_compiled(self) -> None:
+        torch._dynamo.reset()
+        model, ids = model_of("expert choice", num_hidden_layers=1), tokens()
+        compiled: Any = torch.compile(model, backend="eager")
+        assert len(said(compiled.train)) == 1
+        assert said(compiled, ids, labels=ids) == []
+        torch._dynamo.reset()
 
     def test_is_not_given_to_others(self) -> None:
-        causality._warned = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for name in CAUSAL:
-                model_of(name).train()(tokens(), labels=tokens())
+        for name in CAUSAL:
+            model = model_of(name)
+            assert said(model.train) + said(model, tokens(), labels=tokens()) == []
+        known = model_of("expert choice")
+        has_been_told(known)
+        assert said(known.train) == []
 
 
 @pytest.mark.parametrize("name", FAMILY)

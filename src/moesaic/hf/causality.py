@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from torch import nn
 
 from moesaic.errors import UnsupportedError
 from moesaic.layer import MoE, moe_layers
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class NotCausalWarning(UserWarning):
@@ -54,14 +59,35 @@ def refuse_generation(model: nn.Module) -> None:
         warnings.warn(f"{reason}. Text is written with other experts than it is read with.", NotCausalWarning, 3)
 
 
-def warn_of_training(layers: Iterable[MoE]) -> None:
-    """Say once a process that training sees what generation would not; a :class:`NotCausalWarning`."""
-    global _warned
-    if not _warned and (reason := later_tokens_seen(layers)):
-        _warned = True
+def refuses_batches(kind: type[Model]) -> type[Model]:
+    """A class decorator: transformers' continuous batching is refused as ``generate`` is, where there is any."""
+    for name in ("generate_batch", "init_continuous_batching"):
+        if (method := getattr(kind, name, None)) is not None:
+            setattr(kind, name, _refusing(method))
+    return kind
+
+
+def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def first_refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_generation(self)
+        return method(self, *args, **kwargs)
+
+    return first_refuse
+
+
+def warn_of_training(model: nn.Module, layers: Iterable[MoE]) -> None:
+    """Say once a model that training sees what generation would not; a :class:`NotCausalWarning`."""
+    if model not in _TOLD and (reason := later_tokens_seen(layers)):
+        has_been_told(model)
         message = f"{reason}. Its losses are too good for a model that writes text, and generation is refused."
         warnings.warn(message, NotCausalWarning, stacklevel=3)
 
 
-_warned = False
+def has_been_told(model: nn.Module) -> None:
+    """Whoever trains the model knows: :func:`warn_of_training` has no more to say of it."""
+    _TOLD.add(model)
+
+
+_TOLD: WeakSet[nn.Module] = WeakSet()
 _warned_of_capacity = False

@@ -67,6 +67,17 @@ class GateRule:
         return logits_TE.log() if self.are_probabilities else logits_TE
 
 
+class TokenIds:
+    """A forward pre-hook of a model, which notes the token ids: ``ids_T`` (``[T]`` int64), or None without any."""
+
+    def __init__(self) -> None:
+        self.ids_T: Tensor | None = None
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.ids_T = None if ids is None else ids.reshape(-1)
+
+
 def find_gates(model: nn.Module) -> list[Gate]:
     """The gates of the blocks whose experts take part in transformers' experts interface, in the order of the model.
 
@@ -150,6 +161,19 @@ _SUPPORTED = (
     "supported are gates that return (logits, weights, ids) of all experts, as those of Mixtral, Qwen-MoE, OLMoE, "
     "DeepSeek, GLM-MoE, gpt-oss and most others do, and moesaic's own"
 )
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Refuse a model that is sharded over ranks, by :func:`moesaic.parallelize` or FSDP2: its gates are taken apart.
+
+    Raises:
+        UnsupportedError: a model that is sharded cannot be ``what``.
+    """
+    for module in model.modules():
+        # By its name: importing FSDP2 for this would take longer than all else that is done here.
+        by_fsdp = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+        if by_fsdp or module.__dict__.get("parallel") is not None:
+            raise UnsupportedError(f"a model that is sharded over ranks cannot be {what}")
 
 
 def refusal(gate: Gate, reason: str) -> UnsupportedError:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moesaic.errors import ConfigError, DataError
 from moesaic.hf.causality import refuse_generation
-from moesaic.hf.rewiring import Rewired, Rewiring, generate_rewired
+from moesaic.hf.rewiring import Rewired, Rewirer, Rewiring
 
 _DEFAULT_LENGTH = 128
 _FACTS = ("bos_token_id", "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
@@ -117,7 +117,7 @@ def generate(
     ends, rewired = end_ids(model), None
     with _own_generation_config(model):
         if rewire is not None:
-            output, rewired = generate_rewired(model, ids_1S, rewire, ends=ends, **arguments)
+            output, rewired = _generate_rewired(model, ids_1S, rewire, ends=ends, **arguments)
         else:
             with torch.inference_mode():
                 output = model.generate(  # type: ignore[operator]
@@ -213,3 +213,65 @@ class _Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.on_text(text)
+
+
+def _generate_rewired(
+    model: PreTrainedModel,
+    ids_1S: torch.Tensor,
+    settings: Rewiring,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    streamer: Any = None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, list[Rewired]]:
+    """``model.generate`` with an optimization before the first token and after each ``settings.interval`` new ones.
+
+    Args:
+        ends: the token ids that end a text. arguments: of ``model.generate``.
+
+    Returns:
+        ``[1, S + new]``, and what each optimization did.
+    """
+    optimizations = []
+    stop = ids_1S.shape[1] + max_new_tokens
+    stream = None if streamer is None else _Pieces(streamer)
+    with Rewirer(model, settings) as rewirer:
+        while ids_1S.shape[1] < stop:
+            optimizations.append(rewirer.optimize(ids_1S))
+            left = stop - ids_1S.shape[1]
+            with torch.inference_mode():
+                ids_1S = model.generate(  # type: ignore[operator]
+                    ids_1S,
+                    attention_mask=torch.ones_like(ids_1S),
+                    streamer=stream,
+                    max_new_tokens=min(settings.interval, left) if settings.interval else left,
+                    **arguments,
+                )
+            if int(ids_1S[0, -1]) in ends:
+                break
+    if stream is not None:
+        stream.close()
+    return ids_1S, optimizations
+
+
+class _Pieces:
+    """A streamer of several calls of ``generate`` as of one: the prompts of later calls were streamed already."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
+        self._calls = 0
+        self._starts = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._starts and self._calls:
+            self._starts = False
+            return
+        self._starts = False
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self._calls += 1
+        self._starts = True
+
+    def close(self) -> None:
+        self.streamer.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ExpertBank
 from moesaic.experts.kinds import ExpertKind
-from moesaic.hf.causality import refuse_generation, warn_of_training
+from moesaic.hf.causality import refuse_generation, refuses_batches, warn_of_training
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.layer import MoE, moe_layers
 from moesaic.routing import LayerBalancing, RoutePath, Router
@@ -142,6 +142,7 @@ class MoesaicModel(MoesaicPreTrainedModel, Qwen3MoeModel):
         )
 
 
+@refuses_batches
 class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
     """A decoder-only language model with moesaic's MoE layers; generation, saving and checkpointing are inherited."""
 
@@ -197,7 +198,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
             # With the layers spread over devices, theirs may be another than the head's, where the loss is.
             anchor: Any = outputs.logits if outputs.loss is None else outputs.loss
             if self.training and not traced:
-                warn_of_training(layers)
+                warn_of_training(self, layers)
             outputs.aux_loss = torch.stack([layer.aux_loss.to(anchor.device) for layer in layers]).sum()
         if outputs.loss is not None and outputs.aux_loss is not None:
             outputs.loss = outputs.loss + outputs.aux_loss
@@ -206,6 +207,12 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, Qwen3MoeForCausalLM):
                 layer.last_routing.logits for layer in layers if layer.last_routing
             )
         return outputs
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; warns of a router that looks at later tokens, which a compiled forward could not."""
+        if mode:
+            warn_of_training(self, moe_layers(self))
+        return super().train(mode)  # type: ignore[no-any-return]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' own; refused for a router that looks at later tokens (:class:`UnsupportedError`)."""

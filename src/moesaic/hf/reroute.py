@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from moesaic.config import MoEConfig
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.hf.configuration import MoesaicConfig
-from moesaic.hf.gates import Gate, GateRule, find_gates, gate_rule
+from moesaic.hf.gates import Gate, GateRule, TokenIds, find_gates, gate_rule, refuse_sharded
 from moesaic.layer import MoE, moe_layers
 from moesaic.routing import ROUTERS, Router, Routing, RoutingContext, check_balancing, create_router
 from moesaic.routing.layer_balancing import LayerBalancing
@@ -32,12 +31,21 @@ class Rerouting:
     ``layers`` names what was rerouted: the gates of a model of transformers, or the routers of one of ours.
     """
 
-    def __init__(self, layers: list[str], last: Callable[[], list[Routing]], undo: list[Callable[[], object]]) -> None:
+    def __init__(
+        self,
+        layers: list[str],
+        last: Callable[[], list[Routing]],
+        undo: list[Callable[[], object]],
+        check: Callable[[], object] = bool,
+    ) -> None:
         self.layers = layers
-        self._last, self._undo = last, undo
+        self._last, self._undo, self._check = last, undo, check
 
     def remove(self) -> None:
-        """Route as before, to the bit; calling it again does nothing."""
+        """Route as before, to the bit; calling it again does nothing. Refused (:class:`UnsupportedError`) for a model
+        of ours that was spread over ranks meanwhile."""
+        if self._undo:
+            self._check()
         while self._undo:
             self._undo.pop()()
 
@@ -70,7 +78,8 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
     selection bias. A gate of transformers is asked with a few random tokens for its rule.
 
     A model of ours saves and loads with the new router, as its configuration names it; one of transformers is saved as
-    it was, and has to be rerouted again after loading. Gates are copied with their model, the way back is not.
+    it was, and has to be rerouted again after loading. Gates are copied with their model, the way back is not. Either
+    may be moved to another device meanwhile.
 
     Args:
         model: a :class:`moesaic.MoE` or a module with some; or a model of transformers with experts of its experts
@@ -81,19 +90,29 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
 
     Raises:
         ConfigError: for an unknown router or option, or a model that is rerouted already.
-        UnsupportedError: for a model without MoE layers, a gate of another form, or a router that needs more than the
-            gate's logits (parameters of its own), or whose choice depends on later tokens.
+        UnsupportedError: for a model without MoE layers or spread over ranks, a gate of another form, a router that
+            needs more than its logits, decides nothing or depends on later tokens, and a balancer that fails.
     """
     if model in _REROUTED:
         raise ConfigError("the model is rerouted already: call remove() of what reroute() returned first")
-    if router is not None and not ROUTERS.get(router).is_causal:
-        raise UnsupportedError(f"a trained model cannot be rerouted by {router!r}: its choice depends on later tokens")
+    refuse_sharded(model, "rerouted")
+    if router is not None:
+        _check_kind(router)
     layers = moe_layers(model)
     with torch.random.fork_rng(devices=[]):  # a router draws numbers when it is made
         handle = (_reroute_ours if layers else _reroute_gates)(model, router, top_k, options)
     _REROUTED.add(model)
     handle._undo.insert(0, partial(_REROUTED.discard, model))
     return handle
+
+
+def _check_kind(router: str) -> None:
+    kind = ROUTERS.get(router)
+    if kind.is_causal and kind.decides:
+        return
+    ahead = "it decides nothing, but takes routes that were decided ahead of the layer"
+    reason = ahead if kind.is_causal else "its choice depends on later tokens"
+    raise UnsupportedError(f"a trained model cannot be rerouted by {router!r}: {reason}")
 
 
 def _no_router() -> ConfigError:
@@ -118,14 +137,17 @@ def _reroute_gates(model: nn.Module, router: str | None, top_k: int | None, opti
         )
     if router is None:
         return _change_top_k(gates, top_k, options)
-    tokens = _Tokens()
+    tokens = TokenIds()
     # All of them before the first is changed: a gate that cannot be rerouted leaves the model as it was.
     hooks = [_Hook(router, gate_rule(gate), top_k, options, tokens, gate) for gate in gates]
     handles = [gate.module.register_forward_hook(hook) for gate, hook in zip(gates, hooks, strict=True)]
     if ROUTERS.get(router).reads_context:
         handles.append(model.register_forward_pre_hook(tokens, with_kwargs=True))
-    names = [gate.name for gate in gates]
-    return Rerouting(names, lambda: [hook.last for hook in hooks if hook.last], [handle.remove for handle in handles])
+    return Rerouting(
+        [gate.name for gate in gates],
+        lambda: [hook.last for hook in hooks if hook.last],
+        [handle.remove for handle in handles],
+    )
 
 
 def _change_top_k(gates: list[Gate], top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
@@ -142,17 +164,6 @@ def _change_top_k(gates: list[Gate], top_k: int | None, options: Mapping[str, An
     return Rerouting([gate.name for gate in gates], list, undo)
 
 
-class _Tokens:
-    """Notes the token ids of a model's forward."""
-
-    def __init__(self) -> None:
-        self.ids_T: Tensor | None = None
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self.ids_T = None if ids is None else ids.reshape(-1)
-
-
 class _Hook:
     """After a gate's forward: what ``router`` makes of its logits, in place of what the gate made of them."""
 
@@ -162,7 +173,7 @@ class _Hook:
         rule: GateRule,
         top_k: int | None,
         options: Mapping[str, Any],
-        tokens: _Tokens,
+        tokens: TokenIds,
         gate: Gate,
     ) -> None:
         inherited = {"scale": rule.scale, "num_groups": rule.groups[0], "top_groups": rule.groups[1]}
@@ -173,6 +184,7 @@ class _Hook:
         if self.router.has_selection_bias and rule.selection_bias is not None:
             self.router.get_buffer("selection_bias").copy_(rule.selection_bias)
         self.router.to(next(gate.module.parameters()).device)
+        self._made = self.router
         self.rule, self.tokens = rule, tokens
         self.config = getattr(gate.experts, "config", None)
         self.scale = 1.0 if "scale" in known else rule.scale
@@ -198,9 +210,14 @@ class _Hook:
         return tuple(changed)
 
     def route(self, logits_TE: Tensor) -> Routing:
+        device = logits_TE.device
+        if any(buffer.device != device for buffer in self.router.buffers()):
+            # The model was moved, of which its router here learns nothing. A copy: where it went may be without values.
+            self.router = copy.deepcopy(self._made).to(device)
         if not self.router.reads_context:
             return self.router(logits_TE)  # type: ignore[no-any-return]
-        return self.router(logits_TE, None, RoutingContext(self.tokens.ids_T))  # type: ignore[no-any-return]
+        ids_T = None if self.tokens.ids_T is None else self.tokens.ids_T.to(device)
+        return self.router(logits_TE, None, RoutingContext(ids_T))  # type: ignore[no-any-return]
 
     def _try(self) -> None:
         """Whether the router can do with logits, and with token ids where it reads a context."""
@@ -242,6 +259,8 @@ def _check_own(name: str, router: Router, trained: Mapping[str, Tensor | None]) 
 
 # --- models of ours: another router in each layer
 
+_BACK = "routed as before: call remove() of what reroute() returned before moesaic.parallelize"
+
 
 def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, options: Mapping[str, Any]) -> Rerouting:
     every = moe_layers(model)
@@ -260,7 +279,7 @@ def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, optio
     parts = [_parts(layer, config) for layer, config in zip(every, configs, strict=True)]
     undo: list[Callable[[], object]] = []
     for layer, config, own in zip(every, configs, parts, strict=True):
-        undo.append(partial(_put, layer, layer.config, (layer.routers, layer.balancing)))
+        undo.append(partial(_put_back, layer, layer.config, (layer.routers, layer.balancing)))
         _put(layer, config, own)
     settings = getattr(model, "config", None)
     if isinstance(settings, MoesaicConfig):
@@ -275,7 +294,9 @@ def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, optio
         settings.update(named)
     names_of = {id(module): name for name, module in model.named_modules()}
     places = [f"{names_of[id(layer)]}.router".lstrip(".") for layer in layers]
-    return Rerouting(places, lambda: [routing for layer in every for routing in layer.last_routings], undo)
+    # Routers that FSDP has never seen would have no parameters; with another top_k they share all.
+    check = bool if router is None else partial(refuse_sharded, model, _BACK)
+    return Rerouting(places, lambda: [routing for layer in every for routing in layer.last_routings], undo, check)
 
 
 def _has_gate(router: nn.Module) -> bool:
@@ -297,13 +318,24 @@ def _new_config(layer: MoE, router: str | None, top_k: int | None, options: Mapp
     tokens = RoutingContext(torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
         trial = made(torch.zeros(2, config.d_model), None, *([tokens] if made.reads_context else []))
-    kept = {}
-    for balancer, setting in config.balancing.items():
-        with contextlib.suppress(ConfigError):  # one that the new router has nothing for, as bias_update may be
-            check_balancing({balancer: setting}, type(made))
-            LayerBalancing({balancer: setting}, config.num_choices).loss(trial)
-            kept[balancer] = setting
+    kept = {key: entry for key, entry in config.balancing.items() if _goes_with(key, entry, made, trial)}
     return replace(config, router=name, router_options=known, top_k=made.top_k, balancing=kept)
+
+
+def _goes_with(balancer: str, setting: Any, router: Router, trial: Routing) -> bool:
+    """Whether a balancer has something to do with the router: ``bias_update`` may have nothing to move."""
+    try:
+        check_balancing({balancer: setting}, type(router))
+        LayerBalancing({balancer: setting}, router.num_experts).loss(trial)
+    except ConfigError:
+        return False
+    except Exception as error:  # a balancer is anybody's program
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(
+            f"the balancer {balancer!r} fails on what {type(router).__name__} decides ({type(error).__name__}: "
+            f"{reason}): where it cannot work with a router, its check or loss must raise a ConfigError"
+        ) from error
+    return True
 
 
 def _parts(layer: MoE, config: MoEConfig) -> tuple[list[Router], nn.ModuleList]:
@@ -338,6 +370,20 @@ def _successor(old: Router, config: MoEConfig) -> Router:
             buffer.copy_(kept[key])
     new.num_ffn = old.num_ffn
     return new.train(old.training)
+
+
+def _put_back(layer: MoE, config: MoEConfig, parts: tuple[list[Router], nn.ModuleList]) -> None:
+    """As before, with the parameters that the layer has now, where it is now: it may have been moved meanwhile."""
+    routers, balancing = parts
+    for old, new in zip(routers, layer.routers, strict=True):
+        if old._parameters is not new._parameters:
+            for key, parameter in new.named_parameters():
+                holder, _, name = key.rpartition(".")
+                old.get_submodule(holder)._parameters[name] = parameter
+        device = next(iter([*new.parameters(), *layer.parameters(), *layer.buffers()])).device
+        old.to(device)
+        balancing.to(device)
+    _put(layer, config, (routers, balancing))
 
 
 def _put(layer: MoE, config: MoEConfig, parts: tuple[list[Router], nn.ModuleList]) -> None:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError, UnsupportedError
-from moesaic.hf.gates import Gate, find_gates, gate_rule
+from moesaic.hf.gates import Gate, find_gates, gate_rule, refuse_sharded
 from moesaic.layer import moe_layers
 from moesaic.routing import Router, Routing
 from moesaic.routing.options import is_of
@@ -38,12 +38,13 @@ _PRODUCTS = {F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.
 @dataclass(frozen=True)
 class Rewiring:
     """How :class:`Rewirer` and :func:`moesaic.hf.generation.generate` reroute; the defaults of ``steps``,
-    ``learning_rate`` and ``interval`` are the paper's.
+    ``learning_rate`` and ``interval`` are the paper's. A :class:`Rewirer` reads all but ``interval``.
 
     Args:
         steps: gradient steps of each optimization.
         learning_rate: about how far a step moves each element of a vector.
-        interval: new tokens between two optimizations; 0 for one only, on the prompt.
+        interval: new tokens between two optimizations; 0 for one only, on the prompt. Only
+            :func:`moesaic.hf.generation.generate` and ``moesaic generate --rewire`` go by it.
         layers: the share of the layers whose vectors an optimization moves, above 0 and at most 1; those with the
             highest confidence on the context, at least one.
         max_tokens: an optimization reads so many tokens at most, the last ones of the context: its memory grows with
@@ -85,34 +86,47 @@ class Rewired:
 class Rewirer:
     """A model whose routers' logits are shifted, for as long as the block lasts; its weights stay what they are.
 
-    >>> with Rewirer(model, Rewiring()) as rewirer:  # doctest: +SKIP
+    >>> with moesaic.Rewirer(model, moesaic.Rewiring(steps=5)) as rewirer:  # doctest: +SKIP
     ...     rewirer.optimize(ids_1S)
-    ...     model.generate(ids_1S)
+    ...     model.generate(ids_1S, max_new_tokens=100)
 
-    ``vectors`` are the layers' δ, float32 ``[E]`` (zeros at first), by the names of routers and gates.
+    So ``model.generate`` writes with the routing of the prompt, for models of ours and of transformers alike. Another
+    optimization every ``interval`` tokens is what :func:`moesaic.hf.generation.generate` does, and ``model.generate``
+    does not.
+
+    ``vectors`` are the layers' δ, float32 ``[E]`` (zeros at first), by the names of routers and gates. They outlast the
+    block: entered again, the rewirer goes on from them. For another text take another rewirer. The model may be moved
+    to another device: they follow.
 
     Raises:
+        ConfigError: where it is entered twice at a time.
         UnsupportedError: for a model without MoE layers, or with gates of another form than
             :func:`moesaic.reroute` knows; one that is sharded over ranks.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Rewiring | None = None) -> None:
         self.model, self.settings = model, settings or Rewiring()
+        refuse_sharded(model, "rewired")
         with torch.inference_mode(False):  # a tensor that is made under it can have no gradient
             self._shifts = _shifts(model)
         self._stack = ExitStack()
+        self._entered = False
 
     @property
     def vectors(self) -> dict[str, Tensor]:
         return {shift.name: shift.vector for shift in self._shifts}
 
     def __enter__(self) -> Rewirer:
+        if self._entered:
+            raise ConfigError("this Rewirer is entered already: its vectors would be added twice")
+        self._entered = True
         for shift in self._shifts:
             self._stack.callback(shift.install())
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+        self._entered = False
 
     def optimize(self, ids_1S: Tensor) -> Rewired:
         """Move the vectors by ``settings.steps`` steps on the next-token loss of ``ids_1S`` (``[1, S]`` int64).
@@ -120,9 +134,14 @@ class Rewirer:
         A context of one token has no next one: nothing moves.
 
         Raises:
+            ConfigError: outside of the ``with`` block, or for several texts: routing adapts to one.
             UnsupportedError: where the loss has no gradient by the logits, as with one expert of weight 1 a token.
         """
         settings = self.settings
+        if not self._entered:
+            raise ConfigError("optimize() works inside the Rewirer's with block: with Rewirer(model) as rewirer: ...")
+        if ids_1S.ndim != 2 or ids_1S.shape[0] != 1:
+            raise ConfigError(f"the token ids are {list(ids_1S.shape)}: routing adapts to one text at a time, [1, S]")
         losses: list[float] = []
         moved: list[_Shift] = []
         with torch.inference_mode(False), torch.enable_grad(), _frozen(self.model):
@@ -184,6 +203,11 @@ class _Shift:
         """Shift from now on; returns the way back."""
         raise NotImplementedError
 
+    def move(self, device: torch.device) -> None:
+        """To where the model was moved. While it is optimized the vector is a leaf of the graph, and stays one."""
+        with torch.inference_mode(False):
+            self.vector = self.vector.detach().to(device).requires_grad_(self.vector.requires_grad)
+
     def record(self, output: Any) -> None:
         """Take the confidence from what the module has returned."""
         raise NotImplementedError
@@ -201,7 +225,18 @@ class _RouterShift(_Shift):
 
     def install(self) -> Callable[[], object]:
         before, self.module.logit_shift = self.module.logit_shift, self.vector
-        return partial(setattr, self.module, "logit_shift", before)
+        handle = self.module.register_forward_pre_hook(self._follow)
+
+        def remove() -> None:
+            handle.remove()
+            self.module.logit_shift = before
+
+        return remove
+
+    def _follow(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and args[0].device != self.vector.device:
+            self.move(args[0].device)
+            self.module.logit_shift = self.vector
 
     def record(self, output: Routing) -> None:
         if output.logits is not None:
@@ -225,6 +260,9 @@ class _GateShift(_Shift):
         return partial(setattr, self.module, "forward", before)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        device = next((value.device for value in args if isinstance(value, Tensor)), self.vector.device)
+        if device != self.vector.device:
+            self.move(device)
         # With gradients, as the native linear layers, which no mode sees, leave the work to PyTorch then.
         with torch.enable_grad(), _Adding(self.vector) as mode:
             output = forward(*args, **kwargs)
@@ -272,8 +310,6 @@ def _shifts(model: nn.Module) -> list[_Shift]:
     shifts += [_GateShift(gate) for gate in find_gates(model)]
     if not shifts:
         raise UnsupportedError(f"{type(model).__name__} has no MoE layer with a gate: there is nothing to rewire")
-    if any(module.__dict__.get("parallel") is not None for module in model.modules()):
-        raise UnsupportedError("a model that is sharded over ranks cannot be rewired")
     return shifts
 
 
@@ -301,65 +337,3 @@ def _recording(shifts: Sequence[_Shift]) -> Iterator[None]:
             handle = shift.module.register_forward_hook(lambda module, args, output, shift=shift: shift.record(output))
             stack.callback(handle.remove)
         yield
-
-
-def generate_rewired(
-    model: PreTrainedModel,
-    ids_1S: Tensor,
-    settings: Rewiring,
-    max_new_tokens: int,
-    ends: Sequence[int],
-    streamer: Any = None,
-    **arguments: Any,
-) -> tuple[Tensor, list[Rewired]]:
-    """``model.generate`` with an optimization before the first token and after each ``settings.interval`` new ones.
-
-    Args:
-        ends: the token ids that end a text. arguments: of ``model.generate``.
-
-    Returns:
-        ``[1, S + new]``, and what each optimization did.
-    """
-    optimizations = []
-    stop = ids_1S.shape[1] + max_new_tokens
-    stream = None if streamer is None else _Pieces(streamer)
-    with Rewirer(model, settings) as rewirer:
-        while ids_1S.shape[1] < stop:
-            optimizations.append(rewirer.optimize(ids_1S))
-            left = stop - ids_1S.shape[1]
-            with torch.inference_mode():
-                ids_1S = model.generate(  # type: ignore[operator]
-                    ids_1S,
-                    attention_mask=torch.ones_like(ids_1S),
-                    streamer=stream,
-                    max_new_tokens=min(settings.interval, left) if settings.interval else left,
-                    **arguments,
-                )
-            if int(ids_1S[0, -1]) in ends:
-                break
-    if stream is not None:
-        stream.close()
-    return ids_1S, optimizations
-
-
-class _Pieces:
-    """A streamer of several calls of ``generate`` as of one: the prompts of later calls were streamed already."""
-
-    def __init__(self, streamer: Any) -> None:
-        self.streamer = streamer
-        self._calls = 0
-        self._starts = True
-
-    def put(self, value: Tensor) -> None:
-        if self._starts and self._calls:
-            self._starts = False
-            return
-        self._starts = False
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        self._calls += 1
-        self._starts = True
-
-    def close(self) -> None:
-        self.streamer.end()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import signal
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from moesaic.data import TokenData
 from moesaic.errors import CheckpointError, Interrupted, MoesaicError
-from moesaic.hf.causality import NotCausalWarning, later_tokens_seen
+from moesaic.hf.causality import later_tokens_seen
 from moesaic.hf.state import to_checkpoint
 from moesaic.layer import moe_layers
 from moesaic.train.checkpoint import Checkpoints, is_disk_full, newest_good
@@ -252,7 +251,6 @@ class Life:
             f"training tokens: {text}; {self.trainer.precision} on {self.trainer.device}; folder {self.folder.path}"
         )
         if reason := later_tokens_seen(moe_layers(self.trainer.model)):
-            warnings.filterwarnings("ignore", category=NotCausalWarning)  # said here, and only by the first rank
             self.display.say(f"warning: the losses are not those of a model that writes text: {reason}")
         if self.trainer.step:
             self.display.say(f"going on after step {self.trainer.step}")

@@ -13,6 +13,7 @@ import torch
 
 from moesaic.data import Batches, TokenData, validation_windows
 from moesaic.errors import CheckpointError, ConfigError, DataError, UnsupportedError, UsageError
+from moesaic.hf.causality import has_been_told
 from moesaic.hf.parallelize import parallelize
 from moesaic.train.checkpoint import NoSpaceError, begin_random
 from moesaic.train.display import Display
@@ -154,6 +155,7 @@ def _prepared(
             parallelize(built.model, strategy=how.strategy, overlap=how.overlap, exchange=how.exchange)
     if world.rank:  # else all ranks would draw the same noise for their tokens
         begin_random(world.rank)
+    has_been_told(built.model)  # of a router that looks at later tokens, by Life, and only on the first rank
     trainer = Trainer(built.model, batches, recipe.train, device, precision, world)
     return Life(job, built, run, data, trainer, display)
 
