@@ -89,7 +89,8 @@ class Page:
         return self.driver.execute_script(f"return {script}", *values)
 
     def text(self, what: str) -> str:
-        return self.get("document.querySelector(arguments[0]).textContent", what)
+        """Of the first that fits; nothing where none does yet, so that ``until`` can wait for it."""
+        return self.get("document.querySelector(arguments[0])?.textContent ?? ''", what)
 
     def visible(self, what: str) -> bool:
         return self.get("document.querySelector(arguments[0]).checkVisibility()", what)
