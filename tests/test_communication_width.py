@@ -110,3 +110,35 @@ def test_the_backends_agree() -> None:
 def test_the_width_is_a_whole_number(value: Any) -> None:
     with pytest.raises(ConfigError, match="communication_width"):
         MoEConfig(d_model=4, d_ff=4, num_experts=2, communication_width=value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_projections_begin_with_the_lengths_kept(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        layer = MoE(MoEConfig(d_model=D, d_ff=F, num_experts=4, top_k=2, communication_width=NARROW))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.descend is not None and layer.ascend is not None
+    down, up = layer.descend.weight.float(), layer.ascend.weight.float()
+    error = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(down @ down.T, torch.eye(NARROW), atol=error, rtol=0)
+    torch.testing.assert_close(up.T @ up, torch.eye(NARROW), atol=error, rtol=0)
+
+
+def test_a_model_draws_its_projections_so_too() -> None:
+    config = moesaic.MoesaicConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        moe_intermediate_size=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        communication_width=4,
+        initializer_range=0.02,
+    )
+    model = moesaic.MoesaicForCausalLM(config)
+    down = model.get_submodule("model.layers.0.mlp.descend").weight
+    torch.testing.assert_close(down @ down.T, torch.eye(4), atol=1e-6, rtol=0)

@@ -20,6 +20,7 @@ from moesaic.experts import Choice, SharedExperts
 from moesaic.experts.kinds import ZeroComputationExperts
 from moesaic.experts.slots import ExpertSlots
 from moesaic.experts.unequal import banks_of, experts_of_widths
+from moesaic.experts.width import WidthProjection
 from moesaic.routing import (
     LayerBalancing,
     Router,
@@ -61,10 +62,10 @@ class MoE(nn.Module):
                 router.num_ffn = c.num_experts
         width = c.communication_width or c.d_model
         self.experts = experts_of_widths(width, c.expert_d_ffs or [c.d_ff] * c.num_experts, c.activation, c.bias)
-        self.descend: nn.Linear | None = None
-        self.ascend: nn.Linear | None = None
+        self.descend: WidthProjection | None = None
+        self.ascend: WidthProjection | None = None
         if c.communication_width is not None:
-            self.descend, self.ascend = nn.Linear(c.d_model, width, bias=False), nn.Linear(width, c.d_model, bias=False)
+            self.descend, self.ascend = WidthProjection(c.d_model, width), WidthProjection(width, c.d_model)
         self.zero_computation: ZeroComputationExperts | None = None
         if c.num_choices > c.num_experts:
             self.zero_computation = ZeroComputationExperts(c.d_model, c.zero_computation_experts)

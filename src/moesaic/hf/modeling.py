@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from moesaic.errors import UnsupportedError
 from moesaic.experts import ExpertBank
 from moesaic.experts.kinds import ExpertKind
+from moesaic.experts.width import WidthProjection
 from moesaic.hf.causality import refuse_generation, refuses_batches, warn_of_training
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.layer import MoE, moe_layers
@@ -88,7 +89,7 @@ class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, ExpertBank | Router | ExpertKind):
             module.reset_parameters(std)
-        elif isinstance(module, LayerBalancing):
+        elif isinstance(module, LayerBalancing | WidthProjection):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
