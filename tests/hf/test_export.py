@@ -162,6 +162,11 @@ FORBIDDEN: list[tuple[dict[str, Any], str]] = [
     ({"zero_computation_experts": {"copy": 2}}, "zero_computation_experts is {'copy': 2}, only {} is possible"),
     ({"iterations": 2}, "iterations is 2, only 1 is possible"),
     ({"pre_gating": "layer"}, "pre_gating is 'layer', only 'none' is possible"),
+    ({"qk_norm": False}, "qk_norm is False, only True is possible"),
+    (
+        {"attention_bias": True, "attention_output_bias": False},
+        "attention_output_bias is False, only attention_bias = True is possible",
+    ),
     (
         {"hidden_act": "gelu", "mlp_only_layers": [0]},
         "hidden_act of the dense layers is 'gelu', only 'silu' is possible",

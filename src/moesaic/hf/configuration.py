@@ -44,6 +44,11 @@ class MoesaicConfig(Qwen3MoeConfig):
     decoder layer with experts, by one router whose routes all layers take (Read-ME: Refactorizing LLMs as
     Router-Decoupled Mixture of Experts with System Co-Design, section 2; see the router ``"given"``).
 
+    ``qk_norm=False`` leaves out the norms of queries and keys, as in Llama, Mistral and Qwen2; with ``attention_bias``
+    the projections of queries, keys and values have a bias, and that of the output as ``attention_output_bias`` says
+    (None: like the others; Qwen2's has none). So dense models of these families keep their attention when they are
+    converted.
+
     Raises:
         ConfigError: for a value out of range, or settings that do not go together.
     """
@@ -68,6 +73,8 @@ class MoesaicConfig(Qwen3MoeConfig):
     expert_d_ffs: list[int] | None = None
     communication_width: int | None = None
     pre_gating: str = "none"
+    qk_norm: bool = True
+    attention_output_bias: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.router_options = self.router_options or {}

@@ -81,10 +81,16 @@ def obstacles(config: MoesaicConfig) -> list[str]:
         ("expert_d_ffs", config.expert_d_ffs, None),
         ("communication_width", config.communication_width, None),
         ("pre_gating", config.pre_gating, "none"),
+        ("qk_norm", config.qk_norm, True),
     ]
     reasons = [
         f"{name} is {value!r}, only {allowed!r} is possible" for name, value, allowed in checks if value != allowed
     ]
+    if config.attention_output_bias not in (None, config.attention_bias):
+        reasons.append(
+            f"attention_output_bias is {config.attention_output_bias}, only attention_bias = {config.attention_bias} "
+            "is possible"
+        )
     any_dense = not all(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
     if config.hidden_act != "silu" and any_dense:
         reasons.append(f"hidden_act of the dense layers is {config.hidden_act!r}, only 'silu' is possible")

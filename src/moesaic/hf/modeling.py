@@ -34,6 +34,18 @@ from moesaic.routing import LayerBalancing, RoutePath, Router
 # experts, most of the model's memory, only for us to throw them away.
 
 
+class MoesaicAttention(Qwen3MoeAttention):
+    """Qwen3-MoE's attention, and with ``qk_norm=False`` that of Llama, Mistral and Qwen2."""
+
+    def __init__(self, config: MoesaicConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if not config.qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        bias = config.attention_output_bias
+        if bias is not None and bias != config.attention_bias:
+            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=bias)
+
+
 class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
     """Attention and norms of Qwen3-MoE; the feed-forward is :class:`moesaic.MoE`, or dense where the config says so."""
 
@@ -42,7 +54,7 @@ class MoesaicDecoderLayer(Qwen3MoeDecoderLayer):
         self.layer_idx, self.pre_gating = layer_idx, config.pre_gating
         self.routes_ahead = config.routes_ahead(layer_idx)
         self.hidden_size = config.hidden_size
-        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        self.self_attn = MoesaicAttention(config, layer_idx)
         self.mlp: nn.Module  # type: ignore[assignment]
         if config.is_sparse(layer_idx):
             self.mlp = MoE(config.moe_config(layer_idx))
@@ -82,7 +94,7 @@ class MoesaicPreTrainedModel(Qwen3MoePreTrainedModel):
     config_class = MoesaicConfig
     _no_split_modules = ["MoesaicDecoderLayer"]  # noqa: RUF012  (transformers' way)
     # Router logits are read from the layers' last_routing instead, see MoesaicForCausalLM.forward.
-    _can_record_outputs = {"hidden_states": MoesaicDecoderLayer, "attentions": Qwen3MoeAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MoesaicDecoderLayer, "attentions": MoesaicAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
