@@ -69,7 +69,8 @@ def _main(options: argparse.Namespace) -> int:
     make_folder(out)
     runs = tasks(list(picked.values()), seeds, out, options.steps)
     failed = [] if options.page else _train(runs, options.jobs)
-    rates = _speed(runs, seeds[0], out, measure=not options.page)
+    path = out / ("speed-only.json" if options.only else "speed.json")  # rates of one pass only can be compared
+    rates = _speed(runs, seeds[0], path, measure=not options.page)
     study = _gather(entries, runs, rates)
     if not study.rows:
         print("nothing has been trained yet", file=sys.stderr)
@@ -101,9 +102,8 @@ def _command(task: Task) -> list[str]:
     return [*alone, *words, *(["--steps", str(task.steps)] if task.steps is not None else [])]
 
 
-def _speed(runs: Sequence[Task], seed: int, out: Path, *, measure: bool) -> dict[str, Any]:
+def _speed(runs: Sequence[Task], seed: int, path: Path, *, measure: bool) -> dict[str, Any]:
     """Rates of the first seed's models, measured anew where a model has come since; what is there otherwise."""
-    path = out / "speed.json"
     told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     ready = {task.entry.name: task for task in runs if task.seed == seed and task.result()}
     stamps = {name: (task.folder / "study.json").stat().st_mtime for name, task in ready.items()}

@@ -155,13 +155,15 @@ def test_a_sentence_that_contradicts_the_figures_is_noticed_and_not_told(said: d
 
 
 def test_a_recipe_without_its_partner_or_with_other_seeds_is_not_compared() -> None:
-    study = study_of()
+    study = study_of(verdict="yes", sentence="It is {difference}.")
     alone = Study(study.entries, {"better": study.rows["better"]})
     fewer = Study(study.entries, {"softmax": row([5.0]), "better": study.rows["better"]})
     for each in (alone, fewer):
         assert each.comparison("better") is None
         assert each.verdicts("better") == {}
-        assert "[better](#better)" in section(each, "x.png")
+        made = section(each, "x.png")
+        assert "[better](#better)" in made
+        assert "What it is compared with has not been trained with the same seeds." in made
 
 
 def test_only_the_measured_part_of_the_page_is_replaced() -> None:

@@ -40,7 +40,7 @@ class MoesaicAttention(Qwen3MoeAttention):
     def __init__(self, config: MoesaicConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if not config.qk_norm:
-            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+            self.q_norm = self.k_norm = nn.Identity()  # type: ignore[assignment]
         bias = config.attention_output_bias
         if bias is not None and bias != config.attention_bias:
             self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=bias)

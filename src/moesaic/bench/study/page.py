@@ -18,6 +18,7 @@ HEADER = (
     *("imbalance", "domain", "shows?"),
 )
 _NOT_SAID = "*No sentence has been written on these figures.*"
+_NOT_COMPARED = "*What it is compared with has not been trained with the same seeds.*"
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def _said(study: Study, name: str) -> str:
     entry, verdicts = study.entries[name], study.verdicts(name)
-    fits = entry.sentence and (not verdicts or entry.verdict == together(verdicts))
-    told = entry.sentence.format(**fields(study, name)) if fits else _NOT_SAID
+    alone = bool(entry.against) and study.comparison(name) is None
+    fits = entry.sentence and not alone and (not verdicts or entry.verdict == together(verdicts))
+    told = entry.sentence.format(**fields(study, name)) if fits else _NOT_COMPARED if alone else _NOT_SAID
     claim = f" Claimed: {' and '.join(CLAIMS[claim] for claim in entry.claims)}." if entry.claims else ""
     beside = f" Beside `{entry.against}`, {entry.held}." if entry.claims else ""
     paper = f"*{entry.paper}*. " if entry.paper else ""
