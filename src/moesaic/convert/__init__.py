@@ -1,0 +1,13 @@
+"""Dense models become mixtures of experts, models are merged, experts pruned: from one folder on disk to another.
+
+The whole model is never in memory: tensors are read one at a time and written a shard at a time
+(:mod:`moesaic.convert.writing`), and an interrupted conversion goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from moesaic.convert.dense import DenseModel, check_dense
+from moesaic.convert.source import TensorSource, open_source
+from moesaic.convert.writing import Output, Written, write_model
+
+__all__ = ["DenseModel", "Output", "TensorSource", "Written", "check_dense", "open_source", "write_model"]
