@@ -148,7 +148,28 @@ def test_a_large_model_stays_small() -> None:
     assert max(p for layer in data["layers"] for own in layer["examples"] for p in own) < shown
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node checks the syntax of the script")
+NEEDS_NODE = pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+VARYING = {"null_share": 0.4, "adaptive": True, "zero_computation": ["zero"], "numbers": [1, 1, 2]}
+
+
+@NEEDS_NODE
+@pytest.mark.parametrize("varying", [{}, VARYING], ids=["alike", "varying"])
+def test_the_script_draws_numbers_only(tmp_path: Path, varying: dict[str, Any]) -> None:
+    elements = Elements(page_of(made_up_trace(**varying)))
+    data, script = (text for _, text in elements.of("script"))
+    (tmp_path / "page.js").write_text(script)
+    ids = [attributes["id"] for _, attributes, _ in elements.found if "id" in attributes]
+    (tmp_path / "page.json").write_text(json.dumps({"data": data, "ids": ids}))
+    browser = Path(__file__).with_name("page_dom.js")
+    command = ["node", str(browser), str(tmp_path / "page.js"), str(tmp_path / "page.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    drawn = json.loads(done.stdout)
+    assert drawn["wrong"] == []
+    assert drawn["made"] > 500
+
+
+@NEEDS_NODE
 def test_the_script_is_valid(page: str, tmp_path: Path) -> None:
     (script,) = [text for attributes, text in Elements(page).of("script") if not attributes]
     (tmp_path / "page.js").write_text(script)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.inspect.kinds import KINDS
+from moesaic.inspect.spending import common_kinds
 
 SMALL = 0.25
 """Of an even share: an expert with less load than this says little, whatever its few tokens are."""
 CLEAR = 0.05
 """Two shares that differ by less are called neither different nor more and less."""
-MANY_TOKENS = 16
-"""A kind of token that occurs less often says little."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,9 @@ def spending_finding(report: dict[str, Any]) -> Finding | None:
 def most_and_least(spent: dict[str, Any], num_tokens: int) -> tuple[tuple[str, float], tuple[str, float]] | None:
     """(kind, mean) of the kinds that most and fewest experts are spent on; None where they do not clearly differ.
 
-    Kinds with less than a hundredth of the tokens, or less than 16, are passed over. The difference must be ``CLEAR``
-    of the mean, and twice its standard error.
+    Kinds that are not common are passed over. The difference must be ``CLEAR`` of the mean, and twice its standard error.
     """
-    kinds = {kind: of for kind, of in spent["by_kind"].items() if of["tokens"] >= max(MANY_TOKENS, 0.01 * num_tokens)}
+    kinds = common_kinds(spent, num_tokens)
     if len(kinds) < 2:
         return None
     ranked = sorted(kinds, key=lambda kind: kinds[kind]["mean"])

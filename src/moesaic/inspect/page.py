@@ -14,6 +14,7 @@ import numpy as np
 
 from moesaic.inspect.findings import Finding, most_and_least
 from moesaic.inspect.kinds import KINDS
+from moesaic.inspect.spending import common_kinds
 from moesaic.inspect.trace import Passage, RoutingTrace
 
 # What a page may hold, so that it stays under about 2 MB for the largest models: shared out over their experts.
@@ -128,6 +129,7 @@ def page_data(trace: RoutingTrace, report: dict[str, Any]) -> dict[str, Any]:
         "layers": [_layer(layer, domains, positions, experts) for layer in report["layers"]],
         "spent": _spent(report),
         "links": [_links(transition["counts"], experts) for transition in report["transitions"]],
+        "linked": [_linked(transition["counts"]) for transition in report["transitions"]],
         "passages": passages,
         "top": [_packed(layer.top_expert[list(positions)], layer.num_experts) for layer in trace.layers],
     }
@@ -163,16 +165,18 @@ def _layer(layer: dict[str, Any], domains: list[str], positions: dict[int, int],
 def _spent(report: dict[str, Any]) -> dict[str, Any] | None:
     """Mean, spread and zero-computation experts, of the whole and then of each layer: of all tokens, and of each kind.
 
-    None where every token takes equally many experts.
+    ``rare`` kinds have too few tokens for their mean to say much. None where every token takes equally many experts.
     """
     whole = report["experts_per_token"]
     if not whole["varies"]:
         return None
     kinds = list(whole["by_kind"])
+    common = common_kinds(whole, report["data"]["tokens"])
     tables = [whole, *(layer["experts_per_token"] for layer in report["layers"])]
     return {
         "names": [KINDS[kind] for kind in kinds],
         "tokens": [whole["by_kind"][kind]["tokens"] for kind in kinds],
+        "rare": [kind not in common for kind in kinds],
         "all": [_three(table) for table in tables],
         "kinds": [[_three(table["by_kind"][kind]) for kind in kinds] for table in tables],
     }
@@ -198,6 +202,12 @@ def _links(counts: list[list[int]], experts: int) -> list[list[int]]:
         strongest = sorted(range(len(row)), key=lambda j: -row[j])[:entries]
         links += [[i, j, row[j]] for j in sorted(strongest) if row[j]]
     return links
+
+
+def _linked(counts: list[list[int]]) -> list[list[int]]:
+    """Of all links, strong or not: the sum of each expert's, and of each expert's of the next layer."""
+    table = np.asarray(counts, dtype=np.int64)
+    return [table.sum(axis=1).tolist(), table.sum(axis=0).tolist()]
 
 
 def _embedded(trace: RoutingTrace) -> tuple[list[dict[str, Any]], dict[int, int]]:

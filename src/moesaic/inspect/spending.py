@@ -111,11 +111,18 @@ def of_all(trace: RoutingTrace, kinds_N: IntArray) -> dict[str, Any]:
     return {"varies": any(varies(layer) for layer in trace.layers), **spending(taken_N, free_N, kinds_N)}
 
 
+def common_kinds(spent: dict[str, Any], num_tokens: int) -> dict[str, dict[str, Any]]:
+    """Of ``by_kind`` those with at least a hundredth of the tokens, and 16: the mean of fewer says little."""
+    return {kind: of for kind, of in spent["by_kind"].items() if of["tokens"] >= max(16, 0.01 * num_tokens)}
+
+
 def spending_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of a report's experts per token: the kinds that most is spent on first, then all tokens."""
+    """(header, rows) of a report's experts per token: the kinds that most is spent on first, those with only a few
+    tokens after them, then all tokens."""
     spent = report["experts_per_token"]
+    common = common_kinds(spent, report["data"]["tokens"])
     header = ["kind of token", "tokens", "experts", "±"] + ["computing nothing"] * bool(spent["free"])
-    kinds = sorted(spent["by_kind"].items(), key=lambda item: -item[1]["mean"])
+    kinds = sorted(spent["by_kind"].items(), key=lambda item: (item[0] not in common, -item[1]["mean"]))
     named = [(KINDS[kind], of) for kind, of in kinds] + [("all", {**spent, "tokens": report["data"]["tokens"]})]
     rows = []
     for name, of in named:

@@ -70,16 +70,17 @@ function flowPicture(a, b) {
 function bandsBetween(l, source, target) {
   const mine = (e) => source[e].share * data.tokens;
   // What an expert's bands sum to is its whole height when none is left out.
-  const scale = (nodes, e, slots) => (nodes[e].share ? (nodes[e].h * slots) / (nodes[e].share * data.tokens) : 0);
+  const [leaving, coming] = data.linked[l];
+  const scale = (node, count, all) => (all ? (node.h * count) / all : 0);
   const bands = data.links[l].map(([i, j, count]) => ({ l, i, j, count }));
   bands.sort((p, q) => source[p.i].y - source[q.i].y || target[p.j].y - target[q.j].y);
   for (const band of bands) {
-    band.h = scale(source, band.i, band.count / data.layers[l + 1].topK);
+    band.h = scale(source[band.i], band.count, leaving[band.i]);
     band.y1 = source[band.i].out + band.h / 2;
     source[band.i].out += band.h;
   }
   for (const band of [...bands].sort((p, q) => target[p.j].y - target[q.j].y || source[p.i].y - source[q.i].y)) {
-    const h = scale(target, band.j, band.count / data.layers[l].topK);
+    const h = scale(target[band.j], band.count, coming[band.j]);
     band.y2 = target[band.j].in + h / 2;
     target[band.j].in += h;
     band.rate = band.count / mine(band.i);
