@@ -70,7 +70,8 @@ def spending_finding(report: dict[str, Any]) -> Finding | None:
 def most_and_least(spent: dict[str, Any], num_tokens: int) -> tuple[tuple[str, float], tuple[str, float]] | None:
     """(kind, mean) of the kinds that most and fewest experts are spent on; None where they do not clearly differ.
 
-    Kinds that are not common are passed over. The difference must be ``CLEAR`` of the mean, and twice its standard error.
+    Kinds that are not common are passed over. The difference must be ``CLEAR`` of the mean, and twice its standard
+    error.
     """
     kinds = common_kinds(spent, num_tokens)
     if len(kinds) < 2:
