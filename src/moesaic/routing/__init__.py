@@ -23,6 +23,7 @@ from moesaic.routing import (  # noqa: F401  (each registers its router)
     softmax_topk,
     top_p,
     tsallis,
+    unit_topk,
 )
 from moesaic.routing.balancing import BALANCERS, Balancer, balance_loss, check_balancing
 from moesaic.routing.capacity import expert_capacity, limit_capacity
