@@ -51,7 +51,7 @@ def test_the_options_of_what_reads_text_are_all_there(
 
 PAGES = "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
 DIRECTIVES = set(re.findall(r"^::: ([\w.]+)$", PAGES, re.MULTILINE))
-PACKAGES = ("routing", "experts", "autotune", "parallel", "hf", "data", "inspect", "adapters", "serve")
+PACKAGES = ("routing", "experts", "autotune", "parallel", "hf", "data", "inspect", "adapters", "serve", "convert")
 
 
 def is_on_the_site(thing: object) -> bool:

@@ -21,7 +21,8 @@ from moesaic.adapters.finetune import FinetuneResult, choose, finetune
 from moesaic.data import Batches, prepare
 from moesaic.errors import CheckpointError, ConfigError, Interrupted, UnsupportedError, UsageError
 from moesaic.hf.load import load_model
-from moesaic.train.evaluate import DomainResult, evaluate, evaluate_folder
+from moesaic.train.evaluate import DomainResult, evaluate
+from moesaic.train.evaluation import evaluate_folder
 from moesaic.train.optimizer import learning_rate
 
 Folders = dict[str, Path]

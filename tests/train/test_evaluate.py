@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from moesaic.cli import main
 from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.layer import moe_layers
-from moesaic.train.evaluate import bytes_per_token, evaluate, evaluate_folder
+from moesaic.train.evaluate import bytes_per_token, evaluate
+from moesaic.train.evaluation import evaluate_folder
 from moesaic.train.model import build_model
 from moesaic.train.recipe import Recipe
 from moesaic.train.run import train

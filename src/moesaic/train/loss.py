@@ -19,8 +19,13 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``[B, S, V]``. targets: ``[B, S]`` int64.
     """
     rows_NV, targets_N = logits.flatten(0, 1), targets.flatten()
-    size = max(1, _AT_ONCE.get(logits.device.type, _AT_ONCE_ELSEWHERE) // rows_NV.shape[1])
+    size = rows_at_once(rows_NV)
     parts = zip(rows_NV.split(size), targets_N.split(size), strict=True)
     return torch.cat([F.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]).view_as(
         targets
     )
+
+
+def rows_at_once(rows_NV: Tensor) -> int:
+    """How many rows of logits go through log-softmax at a time, at least one."""
+    return max(1, _AT_ONCE.get(rows_NV.device.type, _AT_ONCE_ELSEWHERE) // rows_NV.shape[1])

@@ -11,7 +11,7 @@ from torch import nn
 from moesaic.hf.load import load_model
 from moesaic.hf.quantization import quantize
 from moesaic.hf.save import check_new, save_folder
-from moesaic.train.evaluate import Evaluation, evaluate_folder
+from moesaic.train.evaluation import Evaluation, evaluate_folder
 
 
 @dataclass(frozen=True)
