@@ -26,9 +26,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.5,
 }
-QUESTIONS = [
-    {"question": f"{i} and then", "choices": [" one", " two", " three four"], "answer": i % 3} for i in range(8)
-]
+QUESTIONS = [{"question": f"{i} and then", "choices": ["one", "two", "three four"], "answer": i % 3} for i in range(8)]
 TASK = """
 task: tiny_choice
 dataset_path: json
@@ -67,7 +65,7 @@ def by_hand(path: Path) -> float:
         start = tokenizer(question["question"])["input_ids"]
         scores = []
         for choice in question["choices"]:
-            ids = tokenizer(str(question["question"]) + choice)["input_ids"]
+            ids = tokenizer(f"{question['question']} {choice}")["input_ids"]
             with torch.no_grad():
                 rows = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(float(rows[i - 1, ids[i]]) for i in range(len(start), len(ids))))
