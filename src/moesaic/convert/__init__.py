@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.source import TensorSource, open_source
+from moesaic.convert.unpacking import unpack
 from moesaic.convert.writing import Output, Written, write_model
 
-__all__ = ["DenseModel", "Output", "TensorSource", "Written", "check_dense", "open_source", "write_model"]
+__all__ = ["DenseModel", "Output", "TensorSource", "Written", "check_dense", "open_source", "unpack", "write_model"]
