@@ -7,8 +7,26 @@ The whole model is never in memory: tensors are read one at a time and written a
 from __future__ import annotations
 
 from moesaic.convert.dense import DenseModel, check_dense
+from moesaic.convert.merging import MERGES, Merged, MergeSettings, merge
 from moesaic.convert.source import TensorSource, open_source
 from moesaic.convert.unpacking import unpack
+from moesaic.convert.upcycling import Upcycled, UpcycleSettings, upcycle
 from moesaic.convert.writing import Output, Written, write_model
 
-__all__ = ["DenseModel", "Output", "TensorSource", "Written", "check_dense", "open_source", "unpack", "write_model"]
+__all__ = [
+    "MERGES",
+    "DenseModel",
+    "MergeSettings",
+    "Merged",
+    "Output",
+    "TensorSource",
+    "UpcycleSettings",
+    "Upcycled",
+    "Written",
+    "check_dense",
+    "merge",
+    "open_source",
+    "unpack",
+    "upcycle",
+    "write_model",
+]
