@@ -9,6 +9,7 @@ from __future__ import annotations
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.merging import MERGES, Merged, MergeSettings, merge
 from moesaic.convert.source import TensorSource, open_source
+from moesaic.convert.splitting import Split, SplitSettings, split
 from moesaic.convert.unpacking import unpack
 from moesaic.convert.upcycling import Upcycled, UpcycleSettings, upcycle
 from moesaic.convert.writing import Output, Written, write_model
@@ -19,6 +20,8 @@ __all__ = [
     "MergeSettings",
     "Merged",
     "Output",
+    "Split",
+    "SplitSettings",
     "TensorSource",
     "UpcycleSettings",
     "Upcycled",
@@ -26,6 +29,7 @@ __all__ = [
     "check_dense",
     "merge",
     "open_source",
+    "split",
     "unpack",
     "upcycle",
     "write_model",

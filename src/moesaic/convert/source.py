@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from moesaic.convert.meter import watch
 from moesaic.errors import CheckpointError
@@ -122,6 +123,25 @@ def open_source(path: str | Path) -> TensorSource:
 
         return GgufSource(path)
     return SafetensorsSource(path)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or a ``.gguf`` file (``TensorSource.tokenizer_from``).
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        folder, options = (path.absolute().parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the tokenizer in {str(path)!r} cannot be loaded: {said}") from error
+    finally:
+        logging.set_verbosity(before)
+    return tokenizer
 
 
 class SafetensorsSource(TensorSource):

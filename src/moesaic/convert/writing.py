@@ -19,11 +19,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
-from transformers.utils import logging
+from transformers import PretrainedConfig
 
 from moesaic.convert.meter import watch
-from moesaic.convert.source import read_header
+from moesaic.convert.source import load_tokenizer, read_header
 from moesaic.errors import CheckpointError, UsageError
 from moesaic.hf.save import check_new
 
@@ -217,12 +216,7 @@ def _write_shard(shard: Sequence[Output], path: Path) -> None:
 
 def _write_tokenizer(source: Path, folder: Path) -> None:
     if source.suffix == ".gguf":
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            AutoTokenizer.from_pretrained(source.absolute().parent, gguf_file=source.name).save_pretrained(folder)
-        finally:
-            logging.set_verbosity(before)
+        load_tokenizer(source).save_pretrained(folder)
         return
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name.startswith(_COPIED):

@@ -18,10 +18,10 @@ class UnitTopK(Router):
     ``straight_through``:
 
     * without it the weight is ``1 + scale[e] * (2 sigmoid(logit) - 1)``, with a learned ``scale`` for each expert that
-      begins at 0: LLaMA-MoE v2 and CMoE (Carved Mixture-of-Experts, equation of the differentiable routing) scale an
-      expert's output by ``1 + score * u`` with u = 0 at first; here the score is centred;
-    * with it the weight stays 1, and the gradient is that of ``sigmoid(logit)`` (the straight-through estimator of
-      Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, section 4).
+      begins at 0. CMoE's published code (Carved Mixture-of-Experts: dense feed-forwards carved into experts) weighs by
+      ``1 + softmax(score) * scale``; here experts do not compete, and the score is centred;
+    * with it the weight stays 1, and the gradient is that of ``sigmoid(logit)``: the straight-through estimator
+      (Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation).
 
     Parameters: ``weight`` (W, ``[E, D]``), ``bias`` (b, ``[E]``, in the logits, 0 at first) and, without
     ``straight_through``, ``scale`` (``[E]``). The scores are ``sigmoid(logit)``.

@@ -1,0 +1,194 @@
+"""What enters a dense model's feed-forwards on a text, one decoder layer in memory at a time.
+
+T tokens · D model width · F hidden neurons · B passages at once · S their length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from moesaic.convert.dense import DenseModel
+from moesaic.convert.source import EMBEDDING, TensorSource, load_tokenizer
+from moesaic.data import split_corpus
+from moesaic.errors import DataError
+from moesaic.experts.activations import ACTIVATIONS
+from moesaic.inspect.passages import cut_passages, read_documents
+
+_ROWS = 4096
+_TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """``passages``: token ids, ``[S]`` int64 each; ``domains`` the domain of each one."""
+
+    passages: tuple[Tensor, ...]
+    domains: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """The number of tokens T."""
+        return sum(len(passage) for passage in self.passages)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The domains there are, sorted."""
+        return tuple(sorted(set(self.domains)))
+
+    def domain_ids(self) -> Tensor:
+        """``[T]`` int64: the place in ``names`` of each token's domain."""
+        lengths = torch.tensor([len(passage) for passage in self.passages])
+        return torch.tensor([self.names.index(name) for name in self.domains]).repeat_interleave(lengths)
+
+
+def read_text(
+    source: TensorSource, data: Sequence[str], *, tokens: int, sequence_length: int, held_out: float
+) -> CalibrationText:
+    """About ``tokens`` tokens, evenly from every domain of ``data`` (see :func:`moesaic.data.load_corpus`).
+
+    Args:
+        held_out: share of the files that is left out, those by which ``moesaic eval`` judges a model.
+
+    Raises:
+        DataError: for sources that cannot be read, or without text.
+        CheckpointError: where the model has no tokenizer, or one that does not fit.
+    """
+    tokenizer = load_tokenizer(source.tokenizer_from)
+    corpus = read_documents(list(data))
+    documents = split_corpus(corpus, held_out)[0] if held_out > 0 else corpus.documents
+    if not documents:
+        raise DataError(f"the text has no documents beside the share of {held_out} that is held out")
+    cut = cut_passages(tokenizer, documents, max_tokens=tokens, sequence_length=sequence_length)
+    if (highest := int(cut.token_ids.max())) >= source.config.vocab_size:
+        raise DataError(
+            f"the tokenizer does not fit the model: it gave the token id {highest}, "
+            f"but the model's vocabulary has {source.config.vocab_size} entries"
+        )
+    ids = torch.from_numpy(cut.token_ids)
+    return CalibrationText(
+        tuple(ids[passage.start : passage.stop] for passage in cut.passages),
+        tuple(passage.domain for passage in cut.passages),
+    )
+
+
+@dataclass
+class FeedForward:
+    """One layer's dense feed-forward, ``gate`` and ``up`` ``[F, D]`` and ``down`` ``[D, F]``, and what entered it:
+    ``inputs`` ``[T, D]``; ``before`` ``[T, D]`` entered the decoder layer as a whole."""
+
+    layer: int
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    inputs: Tensor
+    before: Tensor
+    activation: str
+
+    def release(self) -> None:
+        """Let go of all tensors: before the next layer is read."""
+        self.gate = self.up = self.down = self.inputs = self.before = torch.empty(0)
+
+    def hidden(self, rows: slice) -> Tensor:
+        """``[T', F]`` float32: the hidden neurons for some of the tokens."""
+        x_TD = self.inputs[rows]
+        both_TG = torch.cat([F.linear(x_TD, self.gate), F.linear(x_TD, self.up)], dim=1)
+        return ACTIVATIONS.get(self.activation).apply(both_TG).float()
+
+    def chunks(self) -> Iterator[slice]:
+        """Rows of the tokens that are computed together."""
+        for start in range(0, len(self.inputs), _TOKENS_AT_ONCE):
+            yield slice(start, min(start + _TOKENS_AT_ONCE, len(self.inputs)))
+
+
+@torch.no_grad()
+def feed_forwards(
+    model: DenseModel, text: CalibrationText, say: Callable[[str], None] | None = None
+) -> Iterator[FeedForward]:
+    """The feed-forward of each layer in turn, with what enters it; valid until the next one is asked for.
+
+    transformers' own decoder layer computes, in the precision of the weights, with one layer's weights in memory and
+    the hidden states of all tokens. Passages are padded at their end to one length, which no token before it sees.
+    """
+    length = max(len(passage) for passage in text.passages)
+    is_token = torch.stack([torch.arange(length) < len(passage) for passage in text.passages])
+    hidden_BSD = _embed(model, text, length)
+    one = _OneLayer(model)
+    at_once = max(1, _TOKENS_AT_ONCE // length)
+    try:
+        for layer in range(model.num_layers):
+            if say is not None:
+                say(f"layer {layer + 1} of {model.num_layers}: reading its activations")
+            weights = one.load(layer)
+            before_TD = hidden_BSD[is_token]
+            inputs = []
+            for start in range(0, len(hidden_BSD), at_once):
+                rows = slice(start, start + at_once)
+                hidden_BSD[rows], x_BSD = one.run(hidden_BSD[rows])
+                inputs.append(x_BSD[is_token[rows]])
+            found = FeedForward(layer, *weights, torch.cat(inputs), before_TD, model.activation)
+            del weights, inputs, before_TD, x_BSD
+            yield found
+            found.release()
+    finally:
+        one.release()
+
+
+def embedding_rows(source: TensorSource, ids: Tensor) -> Tensor:
+    """``[n, D]``: the embeddings of distinct, sorted token ids, without the whole matrix in memory."""
+    parts = []
+    for start in range(0, source.shape(EMBEDDING)[0], _ROWS):
+        here = ids[(ids >= start) & (ids < start + _ROWS)]
+        if len(here):
+            parts.append(source.read(EMBEDDING, slice(start, start + _ROWS))[here - start])
+    return torch.cat(parts)
+
+
+def _embed(model: DenseModel, text: CalibrationText, length: int) -> Tensor:
+    ids_BS = torch.stack([F.pad(passage, (0, length - len(passage))) for passage in text.passages])
+    known, places = ids_BS.unique(return_inverse=True)
+    return embedding_rows(model.source, known)[places]
+
+
+class _OneLayer:
+    """transformers' model of the same architecture with a single decoder layer, into which each layer is loaded."""
+
+    def __init__(self, model: DenseModel) -> None:
+        self._model = model
+        config = copy.deepcopy(model.source.config)
+        config.num_hidden_layers = 1
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = list(kinds)[:1]  # all are alike: see check_dense
+        with torch.device("meta"):
+            self._one: Any = AutoModel.from_config(config, dtype=model.dtype, attn_implementation="sdpa").eval()
+        self._one.rotary_emb = type(self._one.rotary_emb)(config=config)  # its frequencies are computed
+        self._one.norm = nn.Identity()
+        self._seen: list[Tensor] = []
+        self._one.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
+
+    def load(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the weights of a layer in the place of the last one's; returns those of its feed-forward."""
+        self.release()
+        source, prefix = self._model.source, f"model.layers.{layer}."
+        ffn = self._model.ffn(layer)
+        names = (*ffn, *self._model.others(layer))
+        state = {name.removeprefix(prefix): source.read(name).to(self._model.dtype) for name in names}
+        self._one.layers[0].load_state_dict(state, assign=True)
+        gate, up, down = (state[name.removeprefix(prefix)] for name in ffn)
+        return gate, up, down
+
+    def release(self) -> None:
+        """Hold no weights."""
+        self._one.layers[0].to(device="meta")
+
+    def run(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, S, D]``: what leaves the layer, and what enters its feed-forward."""
+        self._seen.clear()
+        after_BSD = self._one(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
+        return after_BSD, self._seen.pop()

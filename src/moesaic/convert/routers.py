@@ -1,0 +1,98 @@
+"""The first routers of a split model: which experts give most of the dense layer's output, told from the token.
+
+T tokens · D model width · F hidden neurons · E experts · K slots per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.convert.activations import FeedForward
+from moesaic.convert.clustering import Ints, assign
+
+_RIDGE = 1e-3
+_JUDGED = 2048
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``weight`` ``[E, D]`` and ``bias`` ``[E]``, float32: of the logits of a ``unit_topk`` router."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``[T, E]`` float32."""
+        return F.linear(x_TD.float(), self.weight, self.bias)
+
+
+def contributions(layer: FeedForward, members_EX: Tensor) -> Tensor:
+    """``[T, E]`` float32: the norm of each expert's output, as a share of the mean over a token's experts.
+
+    Args:
+        members_EX: ``[E, F/E]`` int64, the hidden neurons of each expert.
+    """
+    norms = []
+    for rows in layer.chunks():
+        hidden_TF = layer.hidden(rows)
+        norms.append(torch.stack([_output(layer, hidden_TF, own).norm(dim=1) for own in members_EX], dim=1))
+    norms_TE = torch.cat(norms)
+    return norms_TE / norms_TE.mean(dim=1, keepdim=True).clamp(min=1e-20)
+
+
+def fit_gate(x_TD: Tensor, target_TE: Tensor) -> Gate:
+    """The linear gate whose logits are nearest to ``target_TE`` (least squares with a ridge of a thousandth of the
+    features' mean square), moved and scaled so that its logits have mean 0 and deviation 1 over all tokens and experts.
+
+    MoEfication, section 3.3 trains a network to predict how much an expert's neurons are active; this is its linear
+    form, in one step.
+    """
+    x_TD, y_TE = x_TD.double(), target_TE.double()
+    mean_D, mean_E = x_TD.mean(dim=0), y_TE.mean(dim=0)
+    centered_TD = x_TD - mean_D
+    gram_DD = centered_TD.T @ centered_TD / len(x_TD)
+    gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean().clamp(min=1e-12))
+    weight_ED = torch.linalg.solve(gram_DD, centered_TD.T @ (y_TE - mean_E) / len(x_TD)).T
+    bias_E = mean_E - weight_ED @ mean_D
+    logits_TE = x_TD @ weight_ED.T + bias_E
+    deviation = logits_TE.std().clamp(min=1e-12)
+    return Gate((weight_ED / deviation).float(), ((bias_E - logits_TE.mean()) / deviation).float())
+
+
+def explained(layer: FeedForward, shared_X: Tensor, members_EX: Tensor, choice_TE: Tensor, top_k: int) -> float:
+    """Share of the dense output's square that is there with the ``top_k`` experts of the largest ``choice_TE`` and the
+    shared one: 1 is all of it, 0 as much as no feed-forward at all has. Over at most 2,048 tokens, evenly chosen."""
+    step = -(-len(layer.inputs) // _JUDGED)
+    rows = slice(None, None, step)
+    hidden_TF = layer.hidden(rows)
+    whole_TD = F.linear(hidden_TF, layer.down.float())
+    chosen_TK = choice_TE[rows].topk(top_k, dim=1).indices
+    is_chosen_TE = torch.zeros(len(hidden_TF), len(members_EX)).scatter_(1, chosen_TK, 1.0)
+    kept_TF = torch.zeros_like(hidden_TF)
+    kept_TF[:, shared_X] = hidden_TF[:, shared_X]
+    kept_TF[:, members_EX.flatten()] = hidden_TF[:, members_EX.flatten()] * is_chosen_TE.repeat_interleave(
+        members_EX.shape[1], dim=1
+    )
+    error = (whole_TD - F.linear(kept_TF, layer.down.float())).square().sum()
+    return float(1 - error / whole_TD.square().sum().clamp(min=1e-20))
+
+
+def align(target_TE: Tensor, common_TE: Tensor) -> Ints:
+    """``[E]``: which of this layer's experts takes the place of each of the experts of the layers before, so that they
+    are wanted by the same tokens (largest sum of correlations)."""
+    correlation_EE = standardized(common_TE).T @ standardized(target_TE) / len(target_TE)
+    return assign(-correlation_EE.double().numpy(), [1] * correlation_EE.shape[1])
+
+
+def standardized(target_TE: Tensor) -> Tensor:
+    """Each column with mean 0 and deviation 1."""
+    centered_TE = target_TE - target_TE.mean(dim=0)
+    return centered_TE / centered_TE.std(dim=0).clamp(min=1e-12)
+
+
+def _output(layer: FeedForward, hidden_TF: Tensor, own: Tensor) -> Tensor:
+    return F.linear(hidden_TF[:, own], layer.down[:, own].float())
