@@ -145,6 +145,17 @@ def test_assign_is_the_papers_balanced_hash() -> None:
     assert torch.equal(route(other, torch.arange(V)).expert_ids, after)
 
 
+def test_a_hash_by_frequency_waits_to_be_told() -> None:
+    router, plain = router_of(vocab_size=V, by_frequency=True), router_of(vocab_size=V)
+    assert router.wants_frequencies and not plain.wants_frequencies
+    ids = torch.arange(V)
+    assert torch.equal(route(router, ids).expert_ids, route(plain, ids).expert_ids)
+    with pytest.raises(ConfigError, match="by_frequency needs vocab_size, the number of token ids: it is 0"):
+        router_of(by_frequency=True)
+    with pytest.raises(ConfigError, match="option 'by_frequency' of router 'hash' is 1: it must be true or false"):
+        router_of(vocab_size=V, by_frequency=1)
+
+
 def test_assign_needs_a_frequency_for_each_id() -> None:
     with pytest.raises(ConfigError, match="there are 3 frequencies: the router's vocab_size is 600"):
         router_of(vocab_size=V).assign(torch.ones(3))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.train import tiny
 
 from moesaic.errors import ConfigError
+from moesaic.hf import MoesaicForCausalLM
 from moesaic.layer import moe_layers
-from moesaic.train.model import build_config, build_model, check, count_parameters
+from moesaic.routing import RoutingContext
+from moesaic.train import run
+from moesaic.train.model import build_config, build_model, check, count_parameters, tell_frequencies
 from moesaic.train.recipe import Recipe
 from moesaic.train.recipe_file import load_recipe
 
@@ -125,3 +130,34 @@ def test_parameters_that_a_token_meets(recipe: Recipe) -> None:
     expert = 3 * 32 * 24
     assert total == sum(p.numel() for p in model.parameters())
     assert total - active == 2 * (4 - 2) * expert  # two layers, two of four experts idle
+
+
+HASH = ["router=hash", "balancing={}", "top_k=1", "model.router_options.vocab_size=300"]
+
+
+def test_a_hash_by_frequency_is_told_the_training_text_and_saved(corpus: list[str], out: Path) -> None:
+    mixture = {"words": 0.5, "sums": 0.5}  # which they are by the row, too
+    recipe = tiny.recipe(corpus, *HASH, "model.router_options.by_frequency=true", "steps=1", "warmup_steps=0")
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixture": mixture})})
+    run.train(recipe, out)
+    data = tiny.data_of(recipe)
+    frequencies = np.zeros(300)
+    for name, share in mixture.items():
+        ids, counts = np.unique(data.train[name], return_counts=True)
+        frequencies[ids] += share / counts.sum() * counts
+    loads, expert_of = [0.0] * 4, [0] * 300
+    for token in sorted(range(300), key=lambda token: -frequencies[token]):
+        expert_of[token] = loads.index(min(loads))
+        loads[expert_of[token]] += frequencies[token]
+    saved = MoesaicForCausalLM.from_pretrained(out / "model")
+    for layer in moe_layers(saved):
+        context = RoutingContext(token_ids=torch.arange(300))
+        assert layer.router(torch.zeros(300, 32), None, context).expert_ids[:, 0].tolist() == expert_of
+
+
+def test_a_hash_by_frequency_is_for_the_tokenizers_entries(corpus: list[str]) -> None:
+    recipe = tiny.recipe(corpus, *HASH, "model.router_options={vocab_size=301, by_frequency=true}")
+    data = tiny.data_of(recipe)
+    model = build_model(recipe, data.vocab_size, data.tokenizer, tiny.CPU)
+    with pytest.raises(ConfigError, match="vocab_size is 301: with by_frequency it must be 300, the entries of the"):
+        tell_frequencies(model, data, {"words": 1.0})

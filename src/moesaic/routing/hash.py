@@ -23,18 +23,24 @@ class Hash(Router):
 
     Args:
         vocab_size: 0 lets every id fall on any expert (the paper's random hash). Otherwise the number of token ids,
-            which are spread so that every expert gets equally many of them (ids from there on start over), and
-            :meth:`assign` makes of that the paper's balanced hash: equally many *tokens* of a corpus.
+            which are spread so that every expert gets equally many of them (ids from there on start over).
+        by_frequency: the paper's balanced hash, equally many *tokens*: whoever trains the model calls :meth:`assign`
+            with the frequencies of the training text, as ``moesaic train`` does; until then ids are spread as without.
+            It is the same in every layer, and saved with the model.
     """
 
     reads_context = True
     has_logits = False
 
-    def __init__(self, d_model: int, num_experts: int, top_k: int, *, vocab_size: int = 0) -> None:
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, vocab_size: int = 0, by_frequency: bool = False
+    ) -> None:
         super().__init__(d_model, num_experts, top_k)
         if vocab_size < 0:
             raise ConfigError(f"vocab_size is {vocab_size}: it must be at least 0")
-        self.vocab_size = vocab_size
+        if by_frequency and not vocab_size:
+            raise ConfigError("by_frequency needs vocab_size, the number of token ids: it is 0")
+        self.vocab_size, self.wants_frequencies = vocab_size, by_frequency
         self.register_parameter("weight", None)
         self.register_buffer("drawn", torch.zeros(vocab_size or 1, dtype=torch.int64))
         self.reset_parameters()
@@ -54,7 +60,7 @@ class Hash(Router):
         It evens out the first slot; the others stay even in the number of ids.
 
         Args:
-            frequencies_V: ``[vocab_size]``, how often each id occurs in the corpus.
+            frequencies_V: ``[vocab_size]``, how often each id occurs in the corpus, in any unit.
 
         Raises:
             ConfigError: for another number of frequencies, or a router without ``vocab_size``.

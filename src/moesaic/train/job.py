@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from moesaic.data import Batches, TokenData, prepare
 from moesaic.hf.state import full_state_dict
-from moesaic.train.model import build_model, check, count_parameters
+from moesaic.train.model import build_model, check, count_parameters, tell_frequencies
 from moesaic.train.recipe import ParallelSettings, Recipe, RunRecipe
 from moesaic.train.world import World
 
@@ -122,6 +122,7 @@ class Training(Job):
     def build(self, setting: Setting) -> Built:
         self._tokenizer, self._world = setting.data.tokenizer, setting.world
         self._model = build_model(self.recipe, setting.data.vocab_size, self._tokenizer, setting.device)
+        tell_frequencies(self._model, setting.data, setting.batches.mixture)
         return Built(self._model, *count_parameters(self._model), note={})
 
     def settle(self) -> None:

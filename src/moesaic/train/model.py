@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from moesaic.data import TokenData
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicConfig, MoesaicForCausalLM
 from moesaic.layer import moe_layers
 from moesaic.routing.schedule import with_steps
 from moesaic.train.recipe import Recipe, TrainSettings
+
+_COUNTED = 1 << 24
+"""Tokens that are counted at a time."""
 
 
 def check(recipe: Recipe) -> None:
@@ -134,6 +140,35 @@ def build_model(
         ) from error
     model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return model
+
+
+def tell_frequencies(model: nn.Module, data: TokenData, mixture: Mapping[str, float]) -> None:
+    """Tell routers that go by it (``wants_frequencies``, as hash routing's ``by_frequency``) how often each token id
+    occurs in the text that the model will be trained on; :meth:`moesaic.routing.hash.Hash.assign`.
+
+    Args:
+        mixture: the share of each domain that takes part, by name.
+
+    Raises:
+        ConfigError: where the router is for another number of token ids than the tokenizer has.
+    """
+    routers = [router for layer in moe_layers(model) for router in layer.routers]
+    wanting = [router for router in routers if getattr(router, "wants_frequencies", False)]
+    if not wanting:
+        return
+    total = np.zeros(data.vocab_size)
+    for name, share in mixture.items():
+        ids = data.train[name]
+        for start in range(0, len(ids), _COUNTED):  # the whole of a large corpus would not fit
+            counts = np.bincount(ids[start : start + _COUNTED], minlength=data.vocab_size)
+            total += share / len(ids) * counts
+    for router in wanting:
+        if router.vocab_size != data.vocab_size:
+            raise ConfigError(
+                f"model.router_options.vocab_size is {router.vocab_size}: with by_frequency it must be "
+                f"{data.vocab_size}, the entries of the tokenizer"
+            )
+        router.assign(torch.from_numpy(total))  # type: ignore[operator]
 
 
 def _is_too_large(error: Exception) -> bool:
