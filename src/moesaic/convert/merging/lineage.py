@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesaic.convert.dense import DenseModel
@@ -27,16 +27,20 @@ _SETTINGS = (
 _ROWS = 256
 
 
-def check_one_base(base: DenseModel, models: Sequence[DenseModel]) -> None:
+def check_one_base(base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
     """Refuse models that were not fine-tuned from ``base``.
 
     They must have its architecture, the names and shapes of its tensors, its settings of attention and RoPE, and its
     tokens by the same ids. A model with the base's fingerprint is its own; one with another (its embedding was trained)
     must have matrices that point where the base's do.
 
+    Returns:
+        The fingerprints of the base and of all models.
+
     Raises:
         CheckpointError: which names the model and what differs.
     """
+    fingerprints, tokens = [base.source.fingerprint()], _token_ids(base.source)
     for model in models:
         where, of_base = repr(str(model.source.path)), f"the base {str(base.source.path)!r}"
         theirs, ours = model.source.config, base.source.config
@@ -51,14 +55,15 @@ def check_one_base(base: DenseModel, models: Sequence[DenseModel]) -> None:
                 raise CheckpointError(
                     f"{where} cannot be merged with {of_base}: {name} is {its!r} there, {mine!r} here"
                 )
-        _check_tokens(base.source, model.source, f"{where} cannot be merged with {of_base}")
-        fingerprints = base.source.fingerprint(), model.source.fingerprint()
-        if fingerprints[0] != fingerprints[1] and (cosine := likeness(base, model)) < RELATED:
+        _check_tokens(tokens, _token_ids(model.source), f"{where} cannot be merged with {of_base}")
+        fingerprints.append(model.source.fingerprint())
+        if fingerprints[0] != fingerprints[-1] and (cosine := likeness(base, model)) < RELATED:
             raise CheckpointError(
-                f"{where} was not fine-tuned from {of_base}: their fingerprints differ ({fingerprints[1]}, "
+                f"{where} was not fine-tuned from {of_base}: their fingerprints differ ({fingerprints[-1]}, "
                 f"{fingerprints[0]}), and their weights have nothing in common (cosine {cosine:.2f}, expected are "
                 f"{RELATED} and more)"
             )
+    return fingerprints
 
 
 def likeness(base: DenseModel, model: DenseModel) -> float:
@@ -93,8 +98,7 @@ def _check_tensors(base: DenseModel, model: DenseModel, message: str) -> None:
             raise CheckpointError(f"{message}: {name} has shape {list(theirs)} there, {list(ours)} in the base")
 
 
-def _check_tokens(base: TensorSource, model: TensorSource, message: str) -> None:
-    ours, theirs = _token_ids(base), _token_ids(model)
+def _check_tokens(ours: Mapping[int, str], theirs: Mapping[int, str], message: str) -> None:
     for number in sorted(ours.keys() & theirs.keys()):
         if ours[number] != theirs[number]:
             raise CheckpointError(

@@ -149,11 +149,11 @@ def merge(
     base = check_dense(open_source(model))
     tuned = [check_dense(open_source(path)) for path in settings.models]
     special = LayerWeights.of((), settings.layer_weights, base.num_layers).special
-    check_one_base(base, tuned)
+    fingerprint, *fingerprints = check_one_base(base, tuned)
     told = {
         "method": "merge",
-        "model": base.source.fingerprint(),
-        "models": [[str(each.source.path), each.source.fingerprint()] for each in tuned],
+        "model": fingerprint,
+        "models": [[str(path), each] for path, each in zip(settings.models, fingerprints, strict=True)],
         **settings.told(),
     }
     check_output(Path(out), told)
@@ -209,9 +209,9 @@ class _Merging:
         return merged
 
     def _rows(self, shape: tuple[int, ...]) -> int:
-        """Rows of a piece: of all models together at most an eighth of a layer's feed-forward."""
+        """Rows of a piece: of all models together at most a quarter of a layer's feed-forward."""
         per_row = max(torch.Size(shape[1:]).numel(), 1) * (len(self.branches) + 1)
-        return max(self.base.dense_parameters() // 8 // per_row, 1)
+        return max(self.base.dense_parameters() // 4 // per_row, 1)
 
 
 def _reader(model: DenseModel, name: str) -> Read:
