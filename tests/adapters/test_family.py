@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from tests.adapters.test_pool import logits, per_token, prompts, write
 from tests.hf.family import FAMILY
 from transformers import PreTrainedModel
 
-from moesaic import MoesaicConfig, MoesaicForCausalLM
-from moesaic.adapters import merge, score_experts
+from moesaic import MoE, MoesaicConfig, MoesaicForCausalLM
+from moesaic.adapters import esft, merge, score_experts
 from moesaic.adapters.lora_format import save_lora
 from moesaic.adapters.pool import AdapterPool
 from moesaic.adapters.tuned import TunedExperts
 from moesaic.hf.quantized import expert_modules
 
+LAYERS = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
 ALL = pytest.mark.parametrize("variant", FAMILY)
 
 
@@ -72,6 +74,37 @@ def test_tuned_experts_get_the_gradients_of_the_whole(variant: str) -> None:
 
 @ALL
 def test_experts_are_scored(variant: str) -> None:
-    scores = score_experts(make(variant), [prompts(seed=seed) for seed in range(3)])
-    assert scores.keys() == expert_modules(make(variant)).keys()
-    assert all(sum(each) == pytest.approx(1.0) for each in scores.values())
+    model = make(variant)
+    batches = [prompts(seed=seed) for seed in range(3)]
+    scores = score_experts(model, batches)
+    assert list(scores) == list(expert_modules(model))
+    # All experts of a layer, of whatever size, are compared: with the weights that its routers gave them.
+    wanted: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        model.base_model(input_ids=batch)
+        for name, layer in model.named_modules():
+            for routing in layer.last_routings if isinstance(layer, MoE) else ():
+                given = torch.zeros(routing.num_experts + 1, dtype=torch.float64)
+                given.index_add_(0, routing.expert_ids.flatten(), routing.weights.detach().double().flatten())
+                wanted[name] = wanted.get(name, torch.zeros(())) + given[: layer.config.num_experts]
+    for name, sums in wanted.items():
+        found = [score for path, own in scores.items() if path.startswith(f"{name}.experts") for score in own]
+        assert found == pytest.approx((sums / sums.sum()).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.5, {"banks.1": [1]}), (0.85, {"banks.0": [0], "banks.1": [1]})])
+def test_the_most_used_experts_of_a_layer_are_tuned_whatever_their_size(
+    threshold: float, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"banks.0": [0.3, 0.05], "banks.1": [0.05, 0.6]}
+    model = make("unequal")
+    scores = {f"{name}.{bank}": own for name in LAYERS for bank, own in told.items()}
+    assert list(scores) == list(expert_modules(model))
+    monkeypatch.setattr(esft, "score_experts", lambda *_: scores)
+    task: Any = SimpleNamespace(precision="fp32", batches=None)
+    layers = esft.relevant_layers(model, esft.EsftSettings(threshold=threshold), task)
+    assert {name: layer.experts for name, layer in layers.items()} == {
+        f"{name}.{bank}": ids for name in LAYERS for bank, ids in expected.items()
+    }
+    for name, layer in layers.items():
+        assert (layer.scores, layer.num_experts) == ([scores[name][expert] for expert in layer.experts], 2)

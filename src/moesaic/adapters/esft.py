@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moesaic.adapters.fingerprint import fingerprint
 from moesaic.adapters.folder import MANIFEST, AdapterLayer, ExpertAdapter, read_adapter, write_adapter
 from moesaic.adapters.methods import METHODS, Applied, Method, MethodSettings, Task, Tuning
-from moesaic.adapters.scoring import choose_experts, num_experts, score_experts
+from moesaic.adapters.scoring import choose_experts, num_experts, of_layers, score_experts
 from moesaic.adapters.tuned import TunedExperts, plain_weights
 from moesaic.errors import CheckpointError, UsageError
 from moesaic.hf.quantized import expert_modules
@@ -80,7 +80,7 @@ class Esft(Method):
             sum(len(layer.experts) for layer in layers.values()),
             sum(map(num_experts, modules.values())),
         )
-        task.say(f"tuning {tuned} of {all_of_them} experts, in {len(layers)} layers")
+        task.say(f"tuning {tuned} of {all_of_them} experts, in {len(of_layers(model, layers))} layers")
         return EsftTuning(model, layers, task)
 
     def apply(self, model: PreTrainedModel, folder: Path) -> Applied:
@@ -88,13 +88,21 @@ class Esft(Method):
 
 
 def relevant_layers(model: PreTrainedModel, settings: EsftSettings, task: Task) -> dict[str, AdapterLayer]:
-    """By the path of each experts module the experts that a task uses most, with their scores."""
+    """By the path of each experts module the experts that a task uses most, with their scores.
+
+    A layer whose experts are of unequal size has several modules; those of which no expert was chosen are left out.
+    """
     scores = score_experts(model, _sample(task, settings.sample_tokens), settings.score, task.precision)
-    chosen = {name: choose_experts(scores[name], settings.threshold) for name in scores}
-    return {
-        name: AdapterLayer(experts, [scores[name][expert] for expert in experts], len(scores[name]))
-        for name, experts in chosen.items()
-    }
+    found: dict[str, AdapterLayer] = {}
+    for names in of_layers(model, scores).values():
+        chosen = choose_experts([score for name in names for score in scores[name]], settings.threshold)
+        first = 0
+        for name in names:
+            own = [expert - first for expert in chosen if first <= expert < first + len(scores[name])]
+            if own:
+                found[name] = AdapterLayer(own, [scores[name][expert] for expert in own], len(scores[name]))
+            first += len(scores[name])
+    return found
 
 
 def _sample(task: Task, tokens: int) -> Iterator[Tensor]:

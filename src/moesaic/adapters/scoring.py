@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from moesaic.dispatch import Dispatch
 from moesaic.errors import ConfigError, DataError, UsageError
 from moesaic.experts import ExpertBank
+from moesaic.experts.unequal import UnequalExperts
 from moesaic.hf.quantized import expert_modules
 from moesaic.train.precision import autocast
 
@@ -41,7 +42,8 @@ def score_experts(
         precision: ``"fp32"`` (as the weights are) or ``"bf16"`` (autocast).
 
     Returns:
-        By the path of each experts module: one number per expert, 0 to 1, which add up to 1.
+        By the path of each experts module: one number per expert, 0 to 1, which add up to 1 over a layer: over the
+        modules of which it has several, where its experts are of unequal size (:func:`of_layers`).
 
     Raises:
         UsageError: where the model has no experts.
@@ -68,9 +70,24 @@ def score_experts(
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    if missing := next((name for name in modules if name not in sums or not float(sums[name].sum()) > 0), None):
-        raise DataError(f"no token of the data came to the experts of {missing}: they cannot be scored")
-    return {name: (sums[name] / sums[name].sum()).tolist() for name in modules}
+    scores: dict[str, list[float]] = {}
+    for layer, names in of_layers(model, modules).items():
+        total = sum(float(sums[name].sum()) for name in names if name in sums)
+        if not total > 0:
+            raise DataError(f"no token of the data came to the experts of {layer}: they cannot be scored")
+        scores |= {name: (sums[name] / total).tolist() for name in names}
+    return scores
+
+
+def of_layers(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """By the path of a layer's experts those of its experts modules, in order: one, or one for each run of experts of
+    one size (:class:`moesaic.experts.unequal.UnequalExperts`)."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        whole = name.rpartition(".banks.")[0]
+        is_part = bool(whole) and isinstance(model.get_submodule(whole), UnequalExperts)
+        layers.setdefault(whole if is_part else name, []).append(name)
+    return layers
 
 
 def choose_experts(scores: Sequence[float], threshold: float) -> list[int]:
