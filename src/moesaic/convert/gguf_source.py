@@ -51,7 +51,7 @@ class GgufSource(TensorSource):
             from gguf import GGUFReader
         except ImportError as error:
             raise MissingDependencyError(
-                "reading a .gguf file needs the package gguf: pip install 'moesaic[smollm2]'"
+                "reading a .gguf file needs the package gguf: pip install 'moesaic[gguf]'"
             ) from error
         self.path = self.tokenizer_from = path
         if not path.is_file():

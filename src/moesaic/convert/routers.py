@@ -64,8 +64,9 @@ def fit_gate(x_TD: Tensor, target_TE: Tensor) -> Gate:
 
 
 def explained(layer: FeedForward, shared_X: Tensor, members_EX: Tensor, choice_TE: Tensor, top_k: int) -> float:
-    """Share of the dense output's square that is there with the ``top_k`` experts of the largest ``choice_TE`` and the
-    shared one: 1 is all of it, 0 as much as no feed-forward at all has. Over at most 2,048 tokens, evenly chosen."""
+    """Share of the square of a token's dense output that is there with the ``top_k`` experts of the largest
+    ``choice_TE`` and the shared one, the mean over at most 2,048 tokens: 1 is all of it, 0 as much as no feed-forward at
+    all has."""
     step = -(-len(layer.inputs) // _JUDGED)
     rows = slice(None, None, step)
     hidden_TF = layer.hidden(rows)
@@ -77,8 +78,8 @@ def explained(layer: FeedForward, shared_X: Tensor, members_EX: Tensor, choice_T
     kept_TF[:, members_EX.flatten()] = hidden_TF[:, members_EX.flatten()] * is_chosen_TE.repeat_interleave(
         members_EX.shape[1], dim=1
     )
-    error = (whole_TD - F.linear(kept_TF, layer.down.float())).square().sum()
-    return float(1 - error / whole_TD.square().sum().clamp(min=1e-20))
+    error_T = (whole_TD - F.linear(kept_TF, layer.down.float())).square().sum(dim=1)
+    return float(1 - (error_T / whole_TD.square().sum(dim=1).clamp(min=1e-20)).mean())
 
 
 def align(target_TE: Tensor, common_TE: Tensor) -> Ints:

@@ -1,0 +1,130 @@
+"""GGUF files give transformers' tensors: names, and the rows of queries and keys in transformers' order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.convert.models import dense_model
+
+from moesaic.convert import check_dense, open_source
+from moesaic.convert.gguf_source import transformers_name
+from moesaic.errors import CheckpointError, UnsupportedError
+
+gguf = pytest.importorskip("gguf")
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def theirs(name: str) -> str:
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem, kind = name.rsplit(".", 1)
+    if stem in outside:
+        return f"{outside[stem]}.{kind}"
+    _, _, layer, rest = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[rest]}.{kind}"
+
+
+def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Row by row as llama.cpp has them: of each head row 0, row half, row 1, row half + 1, and so on."""
+    size = weight.shape[0] // heads
+    order = []
+    for head in range(heads):
+        for pair in range(size // 2):
+            order += [head * size + pair, head * size + size // 2 + pair]
+    return weight[order]
+
+
+def write(path: Path, family: str = "llama", extra: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    model = dense_model(family, **options)
+    config, state = model.config, model.state_dict()
+    arch = "llama" if family == "mistral" else family
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    for name, tensor in state.items():
+        if arch == "llama" and ".q_proj." in name:
+            tensor = interleaved(tensor, config.num_attention_heads)
+        elif arch == "llama" and ".k_proj." in name:
+            tensor = interleaved(tensor, config.num_key_value_heads)
+        writer.add_tensor(theirs(name), tensor.numpy())
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return state
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_tensors_are_those_of_the_model(tmp_path: Path, family: str) -> None:
+    path = tmp_path / "model.gguf"
+    state = write(path, family)
+    source = open_source(path)
+    assert set(source.names) == set(state)
+    for name, expected in state.items():
+        assert (source.shape(name), source.dtype(name)) == (tuple(expected.shape), torch.float32)
+        assert torch.equal(source.read(name), expected), name
+        assert torch.equal(source.read(name, slice(1, 5)), expected[1:5]), name
+    assert source.config.model_type == family
+    assert check_dense(source).d_ff == 48
+
+
+def test_values_do_not_hang_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    state = write(path)
+    source = open_source(path)
+    source.read("model.norm.weight").zero_()
+    assert torch.equal(source.read("model.norm.weight"), state["model.norm.weight"])
+
+
+def test_what_gguf_can_hold_and_we_cannot(tmp_path: Path) -> None:
+    write(tmp_path / "rope.gguf", extra={"rope_freqs.weight": torch.ones(4)})
+    with pytest.raises(UnsupportedError, match="rescaled rotary frequencies: give the model's safetensors folder"):
+        open_source(tmp_path / "rope.gguf")
+    write(tmp_path / "moe.gguf", extra={"blk.0.ffn_gate_inp.weight": torch.ones(4, 32)})
+    with pytest.raises(UnsupportedError, match=r"is a mixture of experts: .* --method prune"):
+        open_source(tmp_path / "moe.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedError, match="holds a 'gemma2': supported are llama, qwen2, qwen3"):
+        open_source(tmp_path / "gemma.gguf")
+    (tmp_path / "text.gguf").write_text("no GGUF at all")
+    with pytest.raises(CheckpointError, match="is no sound GGUF file"):
+        open_source(tmp_path / "text.gguf")
+    write(tmp_path / "model.gguf")
+    source = open_source(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match="holds no tensor nonsense"):
+        source.read("nonsense")
+
+
+def test_names() -> None:
+    assert transformers_name("blk.12.attn_q.bias") == "model.layers.12.self_attn.q_proj.bias"
+    assert transformers_name("output.weight") == "lm_head.weight"
+    assert transformers_name("blk.0.attn_rot_embd.weight") is None
+    assert transformers_name("rope_freqs.weight") is None
