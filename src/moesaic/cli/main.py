@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "finetune": "Fine-tune a model on text into an adapter of it.",
     "generate": "Continue a prompt with a model on disk.",
     "eval": "Measure a model's perplexity on text.",
+    "convert": "Make a mixture from a dense model; merge models; prune experts.",
     "inspect": "Write a report of how a model routes text to its experts.",
     "export": "Write a model as a plain Qwen3-MoE checkpoint.",
     "quantize": "Write a model with its experts in 8 or 4 bits.",
