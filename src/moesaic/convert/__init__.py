@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.merging import MERGES, Merged, MergeSettings, merge
+from moesaic.convert.pruning import Pruned, PruneSettings, prune
 from moesaic.convert.source import TensorSource, open_source
 from moesaic.convert.splitting import Split, SplitSettings, split
 from moesaic.convert.unpacking import unpack
@@ -20,6 +21,8 @@ __all__ = [
     "MergeSettings",
     "Merged",
     "Output",
+    "PruneSettings",
+    "Pruned",
     "Split",
     "SplitSettings",
     "TensorSource",
@@ -29,6 +32,7 @@ __all__ = [
     "check_dense",
     "merge",
     "open_source",
+    "prune",
     "split",
     "unpack",
     "upcycle",

@@ -51,6 +51,7 @@ _ROUTER = {
     "router.weight",
     "router.bias",
     "router.gain",
+    "router.scale",
     "router.noise_weight",
     "router.gate.weight",
     "router.selection_bias",
@@ -73,12 +74,14 @@ class MoEBlock:
     Args:
         name: what the names of its tensors begin with. number: the decoder layer that it is in, from 0.
         groups: groups of neighbouring experts that the router chooses among first; 1 where it does not.
+        router: names of the router's tensors, which have one row or entry an expert.
     """
 
     name: str
     number: int
     num_experts: int
     groups: int
+    router: tuple[str, ...] = ()
 
 
 def moe_blocks(path: str | Path) -> list[MoEBlock]:
@@ -262,7 +265,8 @@ def _block(checkpoint: _Checkpoint, name: str, number: int) -> MoEBlock:
             raise UnsupportedError(
                 f"{name}.experts.{rest} is {list(tensor.shape)}: not an entry for each of {num_experts}"
             )
-    return MoEBlock(name, number, num_experts, _groups(checkpoint.config, num_experts))
+    names = tuple(f"{name}.{rest}" for rest in router)
+    return MoEBlock(name, number, num_experts, _groups(checkpoint.config, num_experts), names)
 
 
 def _parts(checkpoint: _Checkpoint, name: str) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:

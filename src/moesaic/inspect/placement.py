@@ -77,8 +77,8 @@ def place_folder(
         check_new(out)
     folder = model_folder(path)
     blocks = moe_blocks(folder)
-    traced = _load(trace)
-    _check_same_model(traced, folder, blocks)
+    traced = load_trace(trace)
+    check_same_model(traced, folder, blocks)
     held_out = held_out_tokens(traced)
     groups = [block.groups for block in blocks]
     solution = place(
@@ -143,12 +143,22 @@ def _quarters(num_tokens: int) -> npt.NDArray[np.int64]:
     return np.arange(num_tokens) * HELD_OUT // max(1, num_tokens)
 
 
-def _load(trace: str | Path) -> RoutingTrace:
+def load_trace(trace: str | Path) -> RoutingTrace:
+    """A trace from its file, or from the folder of the report that it belongs to.
+
+    Raises:
+        DataError: where it is missing, damaged, or no routing trace.
+    """
     path = Path(trace)
     return RoutingTrace.load(path / TRACE if path.is_dir() else path)
 
 
-def _check_same_model(trace: RoutingTrace, folder: Path, blocks: Sequence[MoEBlock]) -> None:
+def check_same_model(trace: RoutingTrace, folder: Path, blocks: Sequence[MoEBlock]) -> None:
+    """Refuse a trace that is not of the model in ``folder``, as far as its layers and experts tell.
+
+    Raises:
+        CheckpointError: where it is of another model.
+    """
     traced = {layer.number: layer.num_experts for layer in trace.layers}
     there = {block.number: block.num_experts for block in blocks}
     architectures = getattr(load_config(folder), "architectures", None) or [trace.model.architecture]

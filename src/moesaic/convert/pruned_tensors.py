@@ -1,0 +1,96 @@
+"""The tensors of a mixture of experts with fewer experts, each made when it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moesaic.convert.grouping import Groups
+from moesaic.convert.meter import watch
+from moesaic.convert.source import TensorSource
+from moesaic.convert.stored_experts import StoredExperts
+from moesaic.convert.writing import Output
+from moesaic.hf.placement import MoEBlock
+
+
+class PrunedTensors:
+    """How the tensors of one MoE layer are made.
+
+    Args:
+        groups: the old experts that each new one is made of, led by the one that stays.
+        counts: how often each old expert was taken: the weights of an average.
+    """
+
+    def __init__(self, block: MoEBlock, experts: StoredExperts, groups: Groups, counts: Sequence[float]) -> None:
+        self.block, self.experts, self.groups = block, experts, groups
+        self._counts = counts
+        self._orders: dict[int, list[Tensor]] = {}
+
+    @property
+    def kept(self) -> float:
+        """The share of the routed slots that the experts that stay had."""
+        total = sum(self._counts)
+        return sum(self._counts[group[0]] for group in self.groups) / total if total else 0.0
+
+    def shares(self, group: Sequence[int]) -> list[float]:
+        """The members' weights: how often each is taken, or all alike where none ever was."""
+        counts = [self._counts[expert] for expert in group]
+        total = sum(counts)
+        return [count / total if total else 1 / len(group) for count in counts]
+
+    def part(self, part: str, number: int) -> Tensor:
+        """A part of the new expert ``number``."""
+        group = self.groups[number]
+        if len(group) == 1:
+            return self.experts.read(part, group[0])
+        if number not in self._orders:
+            self._orders[number] = self.experts.orders(group)
+        return self.experts.average(part, group, self.shares(group), self._orders[number])
+
+    def fused(self, part: str) -> Tensor:
+        """All new experts' parts in one tensor."""
+        made = watch(torch.empty(len(self.groups), *self.experts.shape(part), dtype=self.experts.dtype(part)))
+        for number in range(len(self.groups)):
+            made[number] = self.part(part, number)
+        return made
+
+    def router(self, source: TensorSource, name: str) -> Tensor:
+        """A tensor of the router with one row or entry for each new expert."""
+        old = source.read(name)
+        axis = list(old.shape).index(self.block.num_experts)
+        rows = old.movedim(axis, 0)
+        made = [self._row(rows, group) for group in self.groups]
+        return torch.stack(made).movedim(0, axis).contiguous()
+
+    def _row(self, rows: Tensor, group: Sequence[int]) -> Tensor:
+        if len(group) == 1:
+            return rows[group[0]]
+        mixed = sum(share * rows[expert].double() for expert, share in zip(group, self.shares(group), strict=True))
+        return torch.as_tensor(mixed).to(rows.dtype)
+
+
+def pruned_outputs(source: TensorSource, layers: Mapping[int, PrunedTensors]) -> list[Output]:
+    """Every tensor of the new model, in the order of the old one."""
+    made: dict[str, Output | None] = {}
+    for layer in layers.values():
+        for name in layer.block.router:
+            shape = tuple(len(layer.groups) if n == layer.block.num_experts else n for n in source.shape(name))
+            made[name] = Output(name, shape, source.dtype(name), partial(layer.router, source, name))
+        for part in layer.experts.parts:
+            shape, dtype = layer.experts.shape(part), layer.experts.dtype(part)
+            if layer.experts.fused:
+                name = layer.experts.name(part, 0)
+                made[name] = Output(name, (len(layer.groups), *shape), dtype, partial(layer.fused, part))
+                continue
+            for number in range(layer.block.num_experts):
+                name = layer.experts.name(part, number)
+                is_there = number < len(layer.groups)
+                made[name] = Output(name, shape, dtype, partial(layer.part, part, number)) if is_there else None
+    outputs = (
+        made.get(name, Output(name, source.shape(name), source.dtype(name), partial(source.read, name)))
+        for name in source.names
+    )
+    return [output for output in outputs if output is not None]
