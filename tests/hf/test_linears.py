@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
+from moesaic import MoE, MoEConfig
 from moesaic.experts.native import linear
+from moesaic.experts.row_invariance import row_invariant
 from moesaic.hf import use_native_linears
 
 pytestmark = needs_library
@@ -80,6 +82,21 @@ def test_subclasses_are_left_alone() -> None:
         pass
 
     assert use_native_linears(nn.Sequential(Other(3, 3))) == 0
+
+
+def test_projections_to_a_narrower_width_too() -> None:
+    """PyTorch's matrix product gives other bits for one row than for several at these widths."""
+    torch.manual_seed(0)
+    layer = MoE(MoEConfig(d_model=320, d_ff=32, num_experts=4, top_k=2, communication_width=192))
+    x = torch.randn(33, 320)
+    assert use_native_linears(layer) == 3
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    assert linears == [layer.descend, layer.ascend]
+    assert all("forward" in module.__dict__ for module in linears)
+    with torch.inference_mode(), row_invariant():
+        together = layer(x)
+        for first, rows in ((0, 1), (3, 1), (5, 4), (8, 17)):
+            assert torch.equal(layer(x[first : first + rows]), together[first : first + rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

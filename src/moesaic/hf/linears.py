@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from moesaic.eager import is_eager
 from moesaic.experts.native import linear
 from moesaic.experts.row_invariance import is_row_invariant
+from moesaic.experts.width import WidthProjection
 
 
 def use_native_linears(model: nn.Module) -> int:
@@ -27,14 +28,19 @@ def use_native_linears(model: nn.Module) -> int:
     """
     changed = 0
     for module in model.modules():
-        # Not subclasses: those of other libraries keep their weights in ways of their own.
-        if type(module) is nn.Linear and linear.refusal(module.weight, module.weight, module.bias) is None:
+        if isinstance(module, nn.Linear) and _is_native(module):
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
             changed += 1
         elif _is_router(module) and "forward" not in module.__dict__:
             module.forward = partial(_forward_router, module)
             changed += 1
     return changed
+
+
+def _is_native(module: nn.Linear) -> bool:
+    # Not other subclasses: those of other libraries keep their weights in ways of their own.
+    known = type(module) in (nn.Linear, WidthProjection)
+    return known and linear.refusal(module.weight, module.weight, module.bias) is None
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
