@@ -52,7 +52,8 @@ def test_generate_serve_and_batch_refuse(model: str, tmp_path: Path, capsys: Cap
         ["batch", str(requests), "--model", model, "--out", str(tmp_path / "out.jsonl")],
     ):
         assert run(words) == 2, words
-        error = capsys.readouterr().err
+        out, error = capsys.readouterr()
+        assert out == ""  # not even the prompt
         assert f"text cannot be generated: {NOT_CAUSAL}" in error
         assert "Traceback" not in error
 

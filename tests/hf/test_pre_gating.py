@@ -200,3 +200,8 @@ def test_a_router_of_the_stack_decides_once() -> None:
         config_of(pre_gating="stack", iterations=2)
     with pytest.raises(ConfigError, match="pre_gating"):
         config_of(pre_gating="before")
+
+
+def test_a_model_needs_a_router_that_decides() -> None:
+    with pytest.raises(ConfigError, match="the router 'given' decides nothing, and no layer would: name one that does"):
+        config_of(router="given")

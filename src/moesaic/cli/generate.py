@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -75,11 +74,14 @@ def command(
     if as_json:
         print_json(generate(loaded, tokenizer, text, sampling, chat=chat, rewire=rewiring))
         return
-    if not chat:
-        print(text, end="", flush=True)
-    say = partial(print, end="", flush=True)
+    prompt_left = ["" if chat else text]  # printed with the first piece: what is refused leaves nothing
+
+    def say(piece: str) -> None:
+        print(*prompt_left, piece, sep="", end="", flush=True)
+        prompt_left.clear()
+
     generate(loaded, tokenizer, text, sampling, chat=chat, on_text=say, rewire=rewiring)
-    print()
+    print(*prompt_left)
 
 
 def _rewiring(wanted: bool, **settings: Any) -> Any:

@@ -10,6 +10,7 @@ from transformers import Qwen3MoeConfig
 
 from moesaic.config import MoEConfig
 from moesaic.errors import ConfigError, did_you_mean
+from moesaic.routing import ROUTERS
 
 # Sizes that MoEConfig does not check.
 _SIZES = (
@@ -95,6 +96,11 @@ class MoesaicConfig(Qwen3MoeConfig):
         if heads % kv_heads:
             raise ConfigError(f"num_attention_heads is {heads}: num_key_value_heads = {kv_heads} must divide it")
         self.moe_config()
+        if not ROUTERS.get(self.router).decides:
+            raise ConfigError(
+                f"the router {self.router!r} decides nothing, and no layer would: name one that does, and "
+                "pre_gating 'stack' for layers that take its routes"
+            )
         if self.pre_gating == "stack":
             self._given(self.moe_config())
 
