@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,12 @@ def test_marks_and_rates() -> None:
     neurons = observe(layer, domains, 3)
     many = round(MARKED * 20)
     counts = np.zeros((3, 20))
+    assert torch.equal(neurons.features, layer.inputs) and torch.equal(neurons.domain_ids, domains)
     for token in range(50):
         shares = [abs(slow_hidden(layer, token, neuron)) * float(layer.down[:, neuron].norm()) for neuron in range(20)]
         active = sorted(range(20), key=lambda neuron: -shares[neuron])[:many]
+        squares = [share**2 / sum(other**2 for other in shares) for share in shares]
+        assert neurons.shares[token].tolist() == pytest.approx(squares, rel=1e-3, abs=1e-6)
         assert neurons.marks[token].nonzero().squeeze(1).tolist() == sorted(active)
         counts[int(domains[token]), active] += 1
     np.testing.assert_allclose(neurons.rates, counts / np.array([[10], [30], [10]]), rtol=1e-6)
@@ -105,7 +109,17 @@ def test_marks_and_rates() -> None:
     assert set(always_active(neurons, 3, "domain")) == set(np.argsort(-least, kind="stable")[:3])
 
 
-@pytest.mark.parametrize("criterion", ["coactivation", "weight", "domain"])
+def random_neurons(marks: Tensor, domain_ids: Tensor, **changes: Any) -> Neurons:
+    count = marks.shape[1]
+    domains = range(int(domain_ids.max()) + 1)
+    rates = torch.stack([marks[domain_ids == domain].float().mean(dim=0) for domain in domains])
+    shares = marks / marks.sum(dim=1, keepdim=True).clamp(min=1)
+    parts = {"gate": torch.zeros(count, 2), "up": torch.zeros(count, 2), "features": torch.zeros(len(marks), 2)}
+    parts |= {"marks": marks, "shares": shares, "domain_ids": domain_ids, "rates": rates}
+    return Neurons(**{**parts, **changes})
+
+
+@pytest.mark.parametrize("criterion", ["routed", "coactivation", "weight", "domain"])
 def test_each_criterion_finds_its_groups(criterion: str) -> None:
     """Four groups of five neurons: of one direction, active for one domain, at the same tokens of it."""
     generator = torch.Generator().manual_seed(0)
@@ -114,11 +128,11 @@ def test_each_criterion_finds_its_groups(criterion: str) -> None:
     burst = torch.arange(80) // 20  # the group that is active for a token
     marks = burst[:, None] == truth[None, :]
     marks[::7] ^= torch.rand(marks[::7].shape, generator=generator) < 0.1
-    rates = torch.stack([marks[domain_ids == domain].float().mean(dim=0) for domain in range(2)])
     directions = torch.randn(4, 16, generator=generator)
     gate, up = ((directions[truth] + 0.05 * torch.randn(20, 16, generator=generator)) for _ in range(2))
-    neurons = Neurons(gate, up, marks, domain_ids, rates)
-    labels = torch.from_numpy(CRITERIA.get(criterion)(neurons, 4, 0))
+    features = torch.eye(4)[burst] + 0.1 * torch.randn(80, 4, generator=generator)
+    neurons = random_neurons(marks, domain_ids, gate=gate, up=up, features=features)
+    labels = torch.from_numpy(CRITERIA.get(criterion)(neurons, 4, 1, 0))
     assert torch.bincount(labels).tolist() == [5] * 4
     assert all(len(set(truth[labels == expert].tolist())) == 1 for expert in range(4))
     if criterion == "domain":  # experts stand in the order of the domains
@@ -128,12 +142,39 @@ def test_each_criterion_finds_its_groups(criterion: str) -> None:
     assert torch.equal(part.marks, marks[:, torch.from_numpy(chosen)]) and part.gate.shape == (10, 16)
 
 
+def kept(neurons: Neurons, labels: Tensor, top_k: int) -> float:
+    """What the gate for these experts keeps of the neurons' shares, token by token."""
+    experts = int(labels.max()) + 1
+    wanted = torch.stack([neurons.shares[:, labels == expert].sum(dim=1) for expert in range(experts)], dim=1)
+    logits = fit_gate(neurons.features, wanted, top_k).logits(neurons.features)
+    best = [sorted(range(experts), key=lambda expert: -float(row[expert]))[:top_k] for row in logits]
+    return sum(float(wanted[token, expert]) for token, row in enumerate(best) for expert in row)
+
+
+def test_routed_experts_keep_more_than_those_it_begins_with_and_than_coactivation() -> None:
+    layer = random_layer(tokens=400, width=8, hidden=32)
+    neurons = observe(layer, torch.zeros(400, dtype=torch.int64), 1)
+    labels = {name: torch.from_numpy(CRITERIA.get(name)(neurons, 8, 4, 0)) for name in ("routed", "coactivation")}
+    assert torch.bincount(labels["routed"]).tolist() == [4] * 8
+    first = torch.empty(32, dtype=torch.int64)
+    first[neurons.shares.mean(dim=0).argsort(descending=True, stable=True)] = torch.arange(32) // 4
+    ours = kept(neurons, labels["routed"], 4)
+    assert ours > kept(neurons, first, 4)
+    assert ours > kept(neurons, labels["coactivation"], 4)
+
+
+def test_routed_experts_follow_the_routes_of_the_layers_before() -> None:
+    """Those before want expert 0 for the first tokens, 1 for the next ones: the neurons of these tokens go there."""
+    burst = torch.arange(60) // 20
+    marks = burst[:, None] == torch.tensor([2, 0, 1, 2, 1, 0])[None, :]
+    neurons = random_neurons(marks, torch.zeros(60, dtype=torch.int64), features=torch.eye(3)[burst])
+    wanted = replace(neurons, wanted=10 * torch.eye(3)[burst])
+    assert CRITERIA.get("routed")(wanted, 3, 1, 0).tolist() == [2, 0, 1, 2, 1, 0]
+
+
 def test_domains_that_do_not_divide_the_experts() -> None:
-    generator = torch.Generator().manual_seed(0)
-    marks = torch.rand(90, 25, generator=generator) < 0.3
-    domain_ids = torch.arange(90) % 3
-    rates = torch.stack([marks[domain_ids == domain].float().mean(dim=0) for domain in range(3)])
-    labels = CRITERIA.get("domain")(Neurons(torch.zeros(25, 2), torch.zeros(25, 2), marks, domain_ids, rates), 5, 0)
+    marks = torch.rand(90, 25, generator=torch.Generator().manual_seed(0)) < 0.3
+    labels = CRITERIA.get("domain")(random_neurons(marks, torch.arange(90) % 3), 5, 2, 0)
     assert np.bincount(labels).tolist() == [5] * 5
 
 
@@ -161,17 +202,18 @@ def test_contributions_and_what_a_choice_explains() -> None:
 
 def test_the_gate_is_least_squares_with_a_ridge() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(200, 6, generator=generator), torch.randn(200, 3, generator=generator) + 2
+    x, wanted = torch.randn(200, 6, generator=generator), torch.randn(200, 3, generator=generator) + 2
     x[:, 0] *= 5
-    gate = fit_gate(x, y)
-    x64, y64 = x.double().numpy(), y.double().numpy()
+    gate = fit_gate(x, wanted, 2)
+    y64 = np.array([[float(value != row.min()) for value in row] for row in wanted])
+    x64 = x.double().numpy()
     centered = x64 - x64.mean(axis=0)
-    ridge = 1e-3 * (centered**2).mean(axis=0).mean()
+    ridge = 1e-2 * (centered**2).mean(axis=0).mean()
     weight = np.linalg.inv(centered.T @ centered + 200 * ridge * np.eye(6)) @ centered.T @ (y64 - y64.mean(axis=0))
     expected = centered @ weight + y64.mean(axis=0)
     expected = (expected - expected.mean()) / expected.std(ddof=1)
     np.testing.assert_allclose(gate.logits(x).numpy(), expected, rtol=1e-4, atol=1e-4)
-    flat = fit_gate(torch.zeros(20, 6), torch.ones(20, 3))
+    flat = fit_gate(torch.zeros(20, 6), torch.ones(20, 3), 1)
     assert torch.isfinite(flat.weight).all() and torch.isfinite(flat.bias).all()
 
 

@@ -34,6 +34,7 @@ WAYS: list[dict[str, Any]] = [
     {},
     {"shared": 16},
     {"criterion": "weight"},
+    {"criterion": "coactivation", "pre_gating": "stack"},
     {"criterion": "domain", "shared": 8},
     {"pre_gating": "stack"},
     {"straight_through": True},

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from moesaic.convert.activations import FeedForward
 from moesaic.convert.clustering import Ints, assign
 
-_RIDGE = 1e-3
+_RIDGE = 1e-2
 _JUDGED = 2048
 
 
@@ -44,14 +44,16 @@ def contributions(layer: FeedForward, members_EX: Tensor) -> Tensor:
     return norms_TE / norms_TE.mean(dim=1, keepdim=True).clamp(min=1e-20)
 
 
-def fit_gate(x_TD: Tensor, target_TE: Tensor) -> Gate:
-    """The linear gate whose logits are nearest to ``target_TE`` (least squares with a ridge of a thousandth of the
-    features' mean square), moved and scaled so that its logits have mean 0 and deviation 1 over all tokens and experts.
+def fit_gate(x_TD: Tensor, wanted_TE: Tensor, top_k: int) -> Gate:
+    """The linear gate whose logits are nearest to 1 for the ``top_k`` experts of a token with the largest
+    ``wanted_TE``, and to 0 for the others: least squares with a ridge of a hundredth of the features' mean square. Its
+    logits are then moved and scaled to mean 0 and deviation 1 over all tokens and experts.
 
-    MoEfication, section 3.3 trains a network to predict how much an expert's neurons are active; this is its linear
-    form, in one step.
+    MoEfication: Transformer Feed-forward Layers are Mixtures of Experts trains a network to tell how much an expert's
+    neurons are active; this is a linear one, in one step.
     """
-    x_TD, y_TE = x_TD.double(), target_TE.double()
+    y_TE = largest(wanted_TE, top_k).double()
+    x_TD = x_TD.double()
     mean_D, mean_E = x_TD.mean(dim=0), y_TE.mean(dim=0)
     centered_TD = x_TD - mean_D
     gram_DD = centered_TD.T @ centered_TD / len(x_TD)
@@ -65,14 +67,13 @@ def fit_gate(x_TD: Tensor, target_TE: Tensor) -> Gate:
 
 def explained(layer: FeedForward, shared_X: Tensor, members_EX: Tensor, choice_TE: Tensor, top_k: int) -> float:
     """Share of the square of a token's dense output that is there with the ``top_k`` experts of the largest
-    ``choice_TE`` and the shared one, the mean over at most 2,048 tokens: 1 is all of it, 0 as much as no feed-forward at
-    all has."""
+    ``choice_TE`` and the shared one, the mean over at most 2,048 tokens: 1 is all of it, 0 as much as no feed-forward
+    at all has."""
     step = -(-len(layer.inputs) // _JUDGED)
     rows = slice(None, None, step)
     hidden_TF = layer.hidden(rows)
     whole_TD = F.linear(hidden_TF, layer.down.float())
-    chosen_TK = choice_TE[rows].topk(top_k, dim=1).indices
-    is_chosen_TE = torch.zeros(len(hidden_TF), len(members_EX)).scatter_(1, chosen_TK, 1.0)
+    is_chosen_TE = largest(choice_TE[rows], top_k)
     kept_TF = torch.zeros_like(hidden_TF)
     kept_TF[:, shared_X] = hidden_TF[:, shared_X]
     kept_TF[:, members_EX.flatten()] = hidden_TF[:, members_EX.flatten()] * is_chosen_TE.repeat_interleave(
@@ -87,6 +88,11 @@ def align(target_TE: Tensor, common_TE: Tensor) -> Ints:
     are wanted by the same tokens (largest sum of correlations)."""
     correlation_EE = standardized(common_TE).T @ standardized(target_TE) / len(target_TE)
     return assign(-correlation_EE.double().numpy(), [1] * correlation_EE.shape[1])
+
+
+def largest(wanted_TE: Tensor, top_k: int) -> Tensor:
+    """``[T, E]`` float32: 1 for the ``top_k`` largest of each row, else 0."""
+    return torch.zeros(wanted_TE.shape).scatter_(1, wanted_TE.topk(top_k, dim=1).indices, 1.0)
 
 
 def standardized(target_TE: Tensor) -> Tensor:

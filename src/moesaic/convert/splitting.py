@@ -18,7 +18,7 @@ from moesaic.convert.activations import CalibrationText, FeedForward, feed_forwa
 from moesaic.convert.criteria import CRITERIA, always_active, observe
 from moesaic.convert.cutting import Plan, outputs_of
 from moesaic.convert.dense import DenseModel, check_dense
-from moesaic.convert.routers import align, contributions, explained, fit_gate, standardized
+from moesaic.convert.routers import align, contributions, explained, fit_gate
 from moesaic.convert.source import open_source
 from moesaic.convert.writing import Written, check_output, partial_folder, save_atomically, write_model
 from moesaic.errors import ConfigError, DataError, did_you_mean
@@ -40,7 +40,7 @@ class SplitSettings:
         shared: hidden neurons of the shared expert, which every token uses; 0 for none.
         active: share of the feed-forward's parameters that a token uses, the shared expert's counted; it must be a
             whole number of experts.
-        criterion: a name of ``moesaic.convert.criteria.CRITERIA``: coactivation, weight or domain.
+        criterion: a name of ``moesaic.convert.criteria.CRITERIA``: routed, coactivation, weight or domain.
         pre_gating: ``"none"`` for a router in each layer, ``"stack"`` for one that decides for all of them, from the
             token's embedding (Read-ME).
         straight_through: of the router ``unit_topk``.
@@ -54,11 +54,11 @@ class SplitSettings:
     experts: int = 16
     shared: int = 0
     active: float = 0.5
-    criterion: str = "coactivation"
+    criterion: str = "routed"
     pre_gating: str = "none"
     straight_through: bool = False
     data: tuple[str, ...] = ("stdlib",)
-    tokens: int = 32768
+    tokens: int = 16384
     sequence_length: int = 512
     held_out: float = 0.05
     seed: int = 0
@@ -103,11 +103,11 @@ def split(
 ) -> Split:
     """Cut the dense model at ``model`` into a mixture of experts, the new folder ``out``.
 
-    Layer by layer the hidden neurons that are active together on calibration text become experts of one size, and a
-    linear router is fitted to which experts contribute most (Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of
-    Experts with System Co-Design; MoEfication: Transformer Feed-forward Layers are Mixtures of Experts). Every neuron
-    is in exactly one expert and the router is ``unit_topk``, whose weights begin at 1: with ``active=1`` it is the
-    dense model's function. With fewer, quality comes back by :func:`moesaic.convert.distill`.
+    Layer by layer the hidden neurons that are active for the same tokens of the calibration text become experts of one
+    size, and a linear router is fitted to which experts contribute most (Read-ME: Refactorizing LLMs as
+    Router-Decoupled Mixture of Experts with System Co-Design; MoEfication: Transformer Feed-forward Layers are Mixtures
+    of Experts). Every neuron is in exactly one expert and the router is ``unit_topk``, whose weights begin at 1: with
+    ``active=1`` it is the dense model's function. With fewer, quality comes back by :func:`moesaic.convert.distill`.
 
     One decoder layer's weights are in memory at a time, and the hidden states of the text. An interrupted split goes on
     where it stopped when it is started again with the same settings.
@@ -241,7 +241,7 @@ def _calibrate(
     if not missing:
         return
     common_TE: Tensor | None = None
-    read_TD = torch.empty(0)
+    read_TD: Tensor | None = None
     for layer in feed_forwards(dense, text, say):
         path = _layer_file(work, layer.layer)
         if layer.layer == 0 and stacked:
@@ -249,28 +249,36 @@ def _calibrate(
         if not path.is_file():
             if say is not None:
                 say(f"layer {layer.layer + 1} of {dense.num_layers}: putting neurons into experts")
-            save_atomically(_cut(layer, plan, text, settings, common_TE), path)
+            save_atomically(_cut(layer, plan, text, settings, read_TD, common_TE), path)
         if stacked:
-            target_TE = standardized(load_file(path)["target"])
+            target_TE = load_file(path)["target"]
             common_TE = target_TE if common_TE is None else common_TE + target_TE
         missing.discard(layer.layer)
         if not missing and not stacked:
             break
-    if common_TE is not None:
-        gate = fit_gate(read_TD, common_TE)
+    if common_TE is not None and read_TD is not None:
+        gate = fit_gate(read_TD, common_TE, plan.top_k)
         save_atomically({"weight": gate.weight, "bias": gate.bias}, _gate_file(work))
 
 
 def _cut(
-    layer: FeedForward, plan: Plan, text: CalibrationText, settings: SplitSettings, common_TE: Tensor | None
+    layer: FeedForward,
+    plan: Plan,
+    text: CalibrationText,
+    settings: SplitSettings,
+    read_TD: Tensor | None,
+    common_TE: Tensor | None,
 ) -> dict[str, Tensor]:
-    """``order`` ``[F]``: the shared neurons, then those of each expert; the layer's router; what it explains."""
-    neurons = observe(layer, text.domain_ids(), len(text.names))
+    """``order`` ``[F]``: the shared neurons, then those of each expert; the layer's router; what it explains.
+
+    With one router for all layers it reads ``read_TD``, and ``common_TE`` is what the layers before want.
+    """
+    neurons = observe(layer, text.domain_ids(), len(text.names), read_TD, common_TE)
     shared = always_active(neurons, plan.shared, settings.criterion)
     routed = torch.ones(layer.gate.shape[0], dtype=torch.bool)
     routed[torch.from_numpy(shared)] = False
     rest = routed.nonzero().squeeze(1).numpy()
-    labels = CRITERIA.get(settings.criterion)(neurons.of(rest), plan.experts, settings.seed)
+    labels = CRITERIA.get(settings.criterion)(neurons.of(rest), plan.experts, plan.top_k, settings.seed)
     members_EX = torch.from_numpy(rest[labels.argsort(kind="stable")]).view(plan.experts, plan.d_ff)
     target_TE = contributions(layer, members_EX)
     if common_TE is not None:
@@ -283,7 +291,7 @@ def _cut(
     }
     if settings.pre_gating == "stack":
         return {**found, "target": target_TE.contiguous()}
-    gate = fit_gate(layer.inputs, target_TE)
+    gate = fit_gate(layer.inputs, target_TE, plan.top_k)
     share = explained(layer, shared_X, members_EX, gate.logits(layer.inputs), plan.top_k)
     return {**found, "weight": gate.weight, "bias": gate.bias, "explained": torch.tensor(share)}
 
