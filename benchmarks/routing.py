@@ -70,8 +70,8 @@ def _main(options: argparse.Namespace) -> int:
     runs = tasks(list(picked.values()), seeds, out, options.steps)
     failed = [] if options.page else _train(runs, options.jobs)
     path = out / ("speed-only.json" if options.only else "speed.json")  # rates of one pass only can be compared
-    rates = _speed(runs, seeds[0], path, measure=not options.page)
-    study = _gather(entries, runs, rates)
+    speeds = _speed(runs, seeds[0], path, measure=not options.page)
+    study = _gather(entries, runs, speeds)
     if not study.rows:
         print("nothing has been trained yet", file=sys.stderr)
         return 1
@@ -111,16 +111,22 @@ def _speed(runs: Sequence[Task], seed: int, path: Path, *, measure: bool) -> dic
         os.environ["MOESAIC_TUNE"] = "off"
         told = {"machine": machine(), "stamps": stamps, "rates": measure_speed(list(ready.values()), say=_say)}
         write(told, path)
-    rates: dict[str, Any] = told.get("rates", {})
-    return rates
+    return dict(told)
 
 
-def _gather(entries: Mapping[str, Entry], runs: Sequence[Task], rates: Mapping[str, Any]) -> Study:
+def _gather(entries: Mapping[str, Entry], runs: Sequence[Task], speeds: Mapping[str, Any]) -> Study:
+    rates = speeds.get("rates", {})
     found: dict[str, list[dict[str, Any]]] = {}
     for task in runs:
         if (result := task.result()) is not None:
             found.setdefault(task.entry.name, []).append(result)
-    return Study(entries, {name: figures_of(found[name], rates.get(name)) for name in entries if name in found})
+    rows = {name: figures_of(found[name], rates.get(name)) for name in entries if name in found}
+    return Study(entries, rows, _in_words(speeds["machine"]) if rates else "")
+
+
+def _in_words(machine: Mapping[str, Any]) -> str:
+    cpu, versions = machine["cpu"], machine["versions"]
+    return f"one thread of {cpu['model']} with {cpu['cores']} cores ({cpu['capability']}), PyTorch {versions['torch']}"
 
 
 def _write(study: Study, out: Path, *, in_docs: bool) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ def test_figures_are_means_over_the_domains() -> None:
         "active_parameters": 7,
         "imbalance": 1.5,
         "specialization": 0.25,
+        "recipe": {"train.seed": 3},
     }
     found = figures_of([result, result], {"training": [1.0], "forward": [2.0]})
+    assert found.seeds == [3, 3]
     assert (found.loss, found.experts, found.zero, found.active) == ([4.5, 4.5], [1.5, 1.5], [0.5, 0.5], [7.0, 7.0])
     assert found.domains == {"code": [4.0, 4.0], "prose": [5.0, 5.0]}
     assert (found.training, found.forward) == ([1.0], [2.0])
@@ -62,6 +65,9 @@ def test_a_difference_is_as_sure_as_the_seeds_agree() -> None:
     noise = Noise.of([[0.0, 0.2, -0.2], [0.1, -0.1, 0.0], [1.0]])
     assert noise == Noise(pytest.approx(math.sqrt((0.04 + 0.01) / 2)), 4)
     assert Difference.of([-0.10, -0.11, -0.09], noise).verdict() == "unclear"
+    # And one that differs more than the others by its own deviation, which three seeds hardly tell: t is 2.92, not 1.7.
+    wild = Difference.of([0.0, 0.2, -0.2], Noise(0.1, 40))
+    assert wild.margin == pytest.approx(2.92 * 0.2 / math.sqrt(3))
 
 
 LINE_ROWS = {
@@ -77,10 +83,16 @@ LINE_ROWS = {
 def test_equal_compute_is_read_off_the_line_of_the_baseline(active: float, expected: float) -> None:
     """The same loss with less compute is better, with more it is worse."""
     compared = Comparison(row([5.0, 5.0, 5.0], active), LINE_ROWS["softmax"], LINE_ROWS)
+    assert compared.at_equal_compute is not None
     assert compared.at_equal_compute.mean == pytest.approx(expected)
     assert compared.loss.mean == 0
-    alone = Comparison(row([5.0, 5.0, 5.0], active), LINE_ROWS["softmax"], {})
-    assert alone.at_equal_compute.mean == 0
+
+
+def test_equal_compute_needs_a_partner_on_the_line_or_as_much_compute() -> None:
+    other = row([5.0, 5.0, 5.0], 2e6)
+    same = Comparison(row([5.1, 5.1, 5.1], 2e6), other, LINE_ROWS).at_equal_compute
+    assert same is not None and same.mean == pytest.approx(0.1)
+    assert Comparison(row([5.1, 5.1, 5.1], 1e6), other, LINE_ROWS).at_equal_compute is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_equal_compute_is_read_off_the_line_of_the_baseline(active: float, expec
 )
 def test_a_claim_is_judged_by_the_figures(claim: str, figures: Figures, verdict: str) -> None:
     base = row([5.0, 5.0, 5.0], forward=[1.0, 1.0, 1.0])
-    compared = Comparison(figures, base, LINE_ROWS)
+    compared = Comparison(figures, base, {**LINE_ROWS, "softmax": base})
     assert judge(entry("x", [claim], "softmax"), compared) == {claim: verdict}
 
 
@@ -158,7 +170,9 @@ def test_a_recipe_without_its_partner_or_with_other_seeds_is_not_compared() -> N
     study = study_of(verdict="yes", sentence="It is {difference}.")
     alone = Study(study.entries, {"better": study.rows["better"]})
     fewer = Study(study.entries, {"softmax": row([5.0]), "better": study.rows["better"]})
-    for each in (alone, fewer):
+    others = {"softmax": replace(study.rows["softmax"], seeds=[0, 1, 2])}
+    others["better"] = replace(study.rows["better"], seeds=[0, 1, 3])
+    for each in (alone, fewer, Study(study.entries, others)):
         assert each.comparison("better") is None
         assert each.verdicts("better") == {}
         made = section(each, "x.png")

@@ -32,6 +32,7 @@ class Figures:
         experts, zero: per token, experts with weights and zero-computation experts; the mean of the domains.
         active: parameters that a token meets.
         training, forward: tokens per second, a value a round; empty where that was not measured.
+        seeds: of the runs, in the order of the values.
     """
 
     domains: dict[str, list[float]]
@@ -43,6 +44,7 @@ class Figures:
     specialization: list[float]
     training: Sequence[float] = ()
     forward: Sequence[float] = ()
+    seeds: Sequence[int] = ()
 
 
 def figures_of(results: Sequence[Mapping[str, Any]], rates: Mapping[str, Sequence[float]] | None = None) -> Figures:
@@ -60,6 +62,7 @@ def figures_of(results: Sequence[Mapping[str, Any]], rates: Mapping[str, Sequenc
         specialization=[float(result["specialization"]) for result in results],
         training=rates.get("training", ()),
         forward=rates.get("forward", ()),
+        seeds=[int(result["recipe"]["train.seed"]) for result in results],
     )
 
 
@@ -83,6 +86,10 @@ class Noise:
         return cls(math.sqrt(fmean(stdev(each) ** 2 for each in known)), sum(len(each) - 1 for each in known))
 
 
+def _quantile(freedom: int) -> float:
+    return _T[freedom - 1] if freedom <= len(_T) else 1.645 + 1.6 / freedom
+
+
 @dataclass(frozen=True)
 class Difference:
     """Mean of the differences seed by seed, and how far the true one may be from it (one-sided, 95 %)."""
@@ -92,14 +99,15 @@ class Difference:
 
     @classmethod
     def of(cls, each: Sequence[float], noise: Noise | None = None) -> Difference:
-        """From the differences of the seeds: by their own deviation, or that of all recipes where this is larger."""
+        """From the differences of the seeds: by their own deviation or by that of all recipes, whichever is wider.
+
+        Each with the quantile of its own degrees of freedom: a deviation of three seeds is itself hardly known.
+        """
         noise = noise or Noise()
         own = stdev(each) if len(each) > 1 else 0.0
-        freedom = max(len(each) - 1, noise.freedom)
-        if not freedom:
-            return cls(fmean(each), math.inf)
-        quantile = _T[freedom - 1] if freedom <= len(_T) else 1.645 + 1.6 / freedom
-        return cls(fmean(each), quantile * max(own, noise.deviation) / math.sqrt(len(each)))
+        known = [(d, f) for d, f in ((own, len(each) - 1), (noise.deviation, noise.freedom)) if f > 0]
+        margin = max((_quantile(f) * d / math.sqrt(len(each)) for d, f in known), default=math.inf)
+        return cls(fmean(each), margin)
 
     def verdict(self, limit: float = 0.0) -> str:
         """``yes`` where it is surely below the limit, ``no`` where it is surely above, else ``unclear``."""
@@ -118,20 +126,24 @@ def minus(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recipe beside the one that it is compared with; ``rows`` are all recipes, for the line of compute."""
+    """One recipe beside the one that it is compared with; ``rows`` are all recipes, for the line of compute.
+
+    ``noise`` and ``equal_noise`` are those of all recipes' differences, as they are and at equal compute.
+    """
 
     ours: Figures
     theirs: Figures
     rows: Mapping[str, Figures]
     noise: Noise = field(default_factory=Noise)
+    equal_noise: Noise = field(default_factory=Noise)
 
     @property
-    def loss(self) -> Difference:
-        """Ours minus theirs."""
-        return Difference.of(minus(self.ours.loss, self.theirs.loss), self.noise)
+    def losses(self) -> list[float]:
+        """Ours minus theirs, seed by seed."""
+        return minus(self.ours.loss, self.theirs.loss)
 
     @property
-    def at_equal_compute(self) -> Difference:
+    def losses_at_equal_compute(self) -> list[float]:
         """The same, as if both used as many parameters per token: theirs is moved along the line of softmax top-k.
 
         It is moved not at all where the line has not been measured.
@@ -140,7 +152,20 @@ class Comparison:
             self._line(seed, ours) - self._line(seed, theirs)
             for seed, (ours, theirs) in enumerate(zip(self.ours.active, self.theirs.active, strict=True))
         ]
-        return Difference.of(minus(minus(self.ours.loss, self.theirs.loss), bought), self.noise)
+        return minus(self.losses, bought)
+
+    @property
+    def loss(self) -> Difference:
+        """Of :attr:`losses`."""
+        return Difference.of(self.losses, self.noise)
+
+    @property
+    def at_equal_compute(self) -> Difference | None:
+        """Of :attr:`losses_at_equal_compute`; None where the compute differs from that of a model off the line."""
+        same = LESS < self.active < 1 / LESS
+        if not same and not any(self.theirs is self.rows.get(name) for name in LINE):
+            return None
+        return Difference.of(self.losses_at_equal_compute, self.equal_noise)
 
     @property
     def active(self) -> float:
@@ -175,14 +200,14 @@ def _lower(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 _JUDGES: dict[str, Callable[[Comparison], str]] = {
-    "quality": lambda it: it.at_equal_compute.verdict(),
+    "quality": lambda it: it.at_equal_compute.verdict() if it.at_equal_compute else "unclear",
     "parity": lambda it: it.loss.verdict(TOLERANCE),
     "compute": _compute,
     "balance": lambda it: _lower(it.ours.imbalance, it.theirs.imbalance),
     "imbalance": lambda it: _lower(it.theirs.imbalance, it.ours.imbalance),
     "specialization": lambda it: _lower(it.theirs.specialization, it.ours.specialization),
     "throughput": _throughput,
-    "worse": lambda it: Difference.of(minus(it.theirs.loss, it.ours.loss), it.noise).verdict(),
+    "worse": lambda it: Difference.of([-each for each in it.losses], it.noise).verdict(),
 }
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
+
+import numpy as np
 
 from moesaic.bench.report import markdown
 from moesaic.bench.study.entries import CLAIMS, Entry
-from moesaic.bench.study.figures import Comparison, Figures, Noise, judge, minus, together
+from moesaic.bench.study.figures import Comparison, Figures, Noise, judge, together
 from moesaic.bench.study.speed import ratio
 
 BEGIN, END = "<!-- results: made by benchmarks/routing.py -->\n", "<!-- end of results -->\n"
 HEADER = (
-    *("recipe", "loss, code", "loss, prose", "at equal compute", "active, M", "experts", "free", "training", "forward"),
-    *("imbalance", "domain", "shows?"),
+    *("recipe", "loss, code", "loss, prose", "at equal compute (± margin)", "active, M", "experts", "free"),
+    *("training, tokens/s", "forward, tokens/s", "imbalance", "domain", "shows?"),
 )
 _NOT_SAID = "*No sentence has been written on these figures.*"
 _NOT_COMPARED = "*What it is compared with has not been trained with the same seeds.*"
@@ -23,26 +25,36 @@ _NOT_COMPARED = "*What it is compared with has not been trained with the same se
 
 @dataclass(frozen=True)
 class Study:
-    """Entries and their figures, by name, in the order of the page; entries without a run are left out."""
+    """Entries and their figures, by name, in the order of the page; entries without a run are left out.
+
+    ``machine`` says in words on what the speeds were measured.
+    """
 
     entries: Mapping[str, Entry]
     rows: Mapping[str, Figures]
+    machine: str = ""
 
     def comparison(self, name: str) -> Comparison | None:
-        """The recipe beside the one that it is compared with; None where either has no figures, or too few."""
-        against = self.entries[name].against
-        if against not in self.rows or len(self.rows[against].loss) != len(self.rows[name].loss):
-            return None
-        return Comparison(self.rows[name], self.rows[against], self.rows, self.noise)
+        """The recipe beside the one that it is compared with; None where either has no figures, or other seeds."""
+        compared = self._compared.get(name)
+        return compared and replace(compared, noise=self._noise[0], equal_noise=self._noise[1])
 
     @cached_property
-    def noise(self) -> Noise:
-        """Of the losses, from all recipes that are compared with another one."""
-        pairs = [
-            (name, entry.against) for name, entry in self.entries.items() if {name, entry.against} <= set(self.rows)
-        ]
-        losses = [(self.rows[ours].loss, self.rows[theirs].loss) for ours, theirs in pairs]
-        return Noise.of([minus(ours, theirs) for ours, theirs in losses if len(ours) == len(theirs)])
+    def _compared(self) -> dict[str, Comparison]:
+        pairs = {name: entry.against for name, entry in self.entries.items() if {name, entry.against} <= set(self.rows)}
+        return {
+            name: Comparison(self.rows[name], self.rows[against], self.rows)
+            for name, against in pairs.items()
+            if len(self.rows[name].loss) == len(self.rows[against].loss)
+            and self.rows[name].seeds == self.rows[against].seeds
+        }
+
+    @cached_property
+    def _noise(self) -> tuple[Noise, Noise]:
+        """Of the losses of all recipes that are compared with another one: as they are, and at equal compute."""
+        all_ = self._compared.values()
+        equal = [each.losses_at_equal_compute for each in all_ if each.at_equal_compute]
+        return Noise.of([each.losses for each in all_]), Noise.of(equal)
 
     def verdicts(self, name: str) -> dict[str, str]:
         """Claim to verdict; none for what claims nothing."""
@@ -67,7 +79,8 @@ def section(study: Study, picture: str) -> str:
     """The measured part of the page in Markdown, picture and all."""
     table = markdown(HEADER, [_line(study, name) for name in study.rows])
     said = "\n".join(_said(study, name) for name in study.rows)
-    return f"\n{table}\n![Loss against compute, and differences]({picture})\n\n{said}\n"
+    speeds = f"\nSpeeds: {study.machine}.\n" if study.machine else ""
+    return f"\n{table}{speeds}\n![Loss against compute, and differences]({picture})\n\n{said}\n"
 
 
 def replaced(text: str, made: str) -> str:
@@ -89,7 +102,7 @@ def fields(study: Study, name: str) -> dict[str, str]:
         return found
     found |= {f"their_{key}": value for key, value in _means(comparison.theirs).items()}
     found["difference"] = str(comparison.loss)
-    found["at_equal_compute"] = str(comparison.at_equal_compute)
+    found["at_equal_compute"] = str(comparison.at_equal_compute or "?")
     found["saved"] = f"{1 - comparison.active:.0%}".replace("-", "−")
     for kind in ("training", "forward"):
         ours, theirs = getattr(comparison.ours, kind), getattr(comparison.theirs, kind)
@@ -115,15 +128,23 @@ def _line(study: Study, name: str) -> tuple[str, ...]:
     return (
         f"[{entry.title}](#{name})",
         *(spread(values) for values in row.domains.values()),
-        str(comparison.at_equal_compute) if comparison else "",
+        str((comparison and comparison.at_equal_compute) or ""),
         f"{fmean(row.active) / 1e6:.2f}",
         spread(row.experts, 2),
         spread(row.zero, 2) if any(row.zero) else "",
-        *(f"{median(rates):,.0f}" if rates else "" for rates in (row.training, row.forward)),
+        *(_rate(rates) for rates in (row.training, row.forward)),
         spread(row.imbalance, 2),
         spread(row.specialization),
         together(verdicts) if verdicts else "",
     )
+
+
+def _rate(rates: Sequence[float]) -> str:
+    """The median, and the quartiles beside it."""
+    if not rates:
+        return ""
+    low, middle, high = np.percentile(rates, [25, 50, 75])
+    return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def spread(values: list[float], digits: int = 3) -> str:

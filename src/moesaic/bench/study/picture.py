@@ -18,7 +18,11 @@ _VERDICTS = {"yes": "#009E73", "no": "#D55E00", "unclear": "#999999"}
 
 def write_picture(study: Study, path: Path) -> None:
     """Two panels: mean validation loss over active parameters, and the paired differences at equal compute."""
-    compared = [name for name in study.rows if study.comparison(name)]
+    compared = {
+        name: difference
+        for name in study.rows
+        if (comparison := study.comparison(name)) and (difference := comparison.at_equal_compute)
+    }
     figure = Figure(figsize=(11, max(4.5, 0.24 * len(compared) + 1.5)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -66,16 +70,15 @@ def _labels(axes: Any, places: dict[str, tuple[float, float]]) -> None:
         )
 
 
-def _differences(axes: Any, study: Study, names: list[str]) -> None:
+def _differences(axes: Any, study: Study, compared: dict[str, Difference]) -> None:
+    names = list(compared)
     for place, name in enumerate(reversed(names)):
-        comparison = study.comparison(name)
-        assert comparison is not None
-        difference: Difference = comparison.at_equal_compute
+        difference = compared[name]
         color = _VERDICTS[difference.verdict()]
         margin = min(difference.margin, 10 * abs(difference.mean) + 0.1)  # infinite for one seed
         axes.errorbar(difference.mean, place, xerr=margin, fmt="o", color=color, markersize=4, linewidth=1)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), [f"{name} − {study.entries[name].against}" for name in reversed(names)])
     axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel="difference in loss at equal compute (left is better)")
+    axes.set(xlabel="difference in loss at equal compute (left is better; colour: beyond its margin or not)")
     axes.grid(color="#eeeeee", linewidth=0.5)
