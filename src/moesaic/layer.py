@@ -103,7 +103,8 @@ class MoE(nn.Module):
             x: ``[..., D]`` floating point.
             top_k, capacity_factor: override the configuration for this call. Routes that the context brings keep the
                 slots that they have: ``top_k`` is then for the iterations after the first one only.
-            token_mask: ``[...]`` boolean, False for tokens (padding) that get no routed expert.
+            token_mask: ``[...]`` boolean, False for tokens (padding) that get no routed expert. Those that were masked
+                when their routes were decided ahead get none either.
             context: what the router may know beyond ``x``; its ``left`` is then what this one leaves to the next layer.
 
         Raises:
@@ -119,6 +120,7 @@ class MoE(nn.Module):
             asked = self.decide(x, top_k=top_k, token_mask=token_mask, context=context)
         else:
             asked = self._noted(context.routes_for(x_TD.shape[0], self.config.num_choices), context, x)
+            context.token_mask = asked.token_mask
         first, *others = self.balancers
         y_TD, routing, aux_loss = self._step(x_TD, asked, factor, first)
         routings = [routing]
@@ -216,13 +218,12 @@ class MoE(nn.Module):
         """The routing with what only the layer knows; tokens that are masked out get no expert."""
         num_ffn = None if self.zero_computation is None else self.config.num_experts
         length = x.shape[-2] if x.ndim > 2 else None
-        mask_T = context.token_mask
-        if mask_T is not None:
+        masks = [mask_T for mask_T in (context.token_mask, routing.token_mask) if mask_T is not None]
+        if masks:  # both where routes were decided ahead under a mask of their own
+            mask_T = masks[0] if len(masks) == 1 else masks[0] & masks[1]
             routing = routing.without(~mask_T.unsqueeze(1))
-        elif routing.token_mask is None:
+        else:
             mask_T = torch.ones(routing.expert_ids.shape[0], dtype=torch.bool, device=routing.expert_ids.device)
-        else:  # routes that were decided ahead
-            mask_T = routing.token_mask
         return replace(routing, num_ffn=num_ffn, sequence_length=length, token_mask=mask_T)
 
     def _step(

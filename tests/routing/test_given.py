@@ -27,6 +27,25 @@ def test_it_has_no_parameters_and_takes_what_it_is_given() -> None:
     assert torch.equal(given(x, context=RoutingContext(given=routing)), own(x))
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("told", [False, True], ids=["no mask", "a wider mask"])
+def test_who_was_masked_when_routes_were_decided_stays_so(told: bool, iterations: int) -> None:
+    torch.manual_seed(0)
+    layer = MoE(
+        MoEConfig(16, 24, 4, balancing={"load_balancing": 1.0}, router="sigmoid_topk", iterations=iterations)
+    ).train()
+    x = torch.randn(2, 5, 16)
+    narrow, wide = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    narrow[:, 3:], wide[0, 0] = False, False
+    expected, loss = layer(x, token_mask=narrow & wide if told else narrow), layer.aux_loss
+    ahead = layer.decide(x, token_mask=narrow)
+    got = layer(x, token_mask=wide if told else None, context=RoutingContext(given=ahead))
+    assert torch.equal(got, expected)
+    assert torch.equal(layer.aux_loss, loss)
+    for routing in layer.last_routings:
+        assert torch.equal(routing.token_mask, (narrow & wide if told else narrow).flatten())
+
+
 def test_gradients_reach_whoever_decided() -> None:
     own, given = layers()
     x = torch.randn(5, 16)
