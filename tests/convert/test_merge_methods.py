@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moesaic.convert.merging import MERGES, MergeMethod, TaskVectors, magnitudes_at
-from moesaic.convert.merging.method import create_merge
+from moesaic.convert.merging.method import create_merge, share_of
 from moesaic.errors import ConfigError
 
 BASE = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
@@ -202,6 +202,11 @@ def test_pieces_make_no_difference_and_no_change_stays_none(name: str) -> None:
     if not name.startswith("dare"):  # whose masks are drawn a piece at a time
         assert torch.allclose(run(name, models, rows=2), run(name, models, rows=7), atol=1e-6)
     assert torch.allclose(run(name, [BASE, BASE]), BASE)
+
+
+def test_a_share_is_counted_without_rounding_errors() -> None:
+    assert 0.07 * 100 > 7 and share_of(0.07, 100) == 7
+    assert [share_of(share, 10) for share in (1e-9, 0.01, 0.1, 0.11, 1.0)] == [1, 1, 1, 2, 10]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])

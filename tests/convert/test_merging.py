@@ -218,8 +218,24 @@ def test_models_with_other_tokens_are_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=r"tokenizers differ, the id \d+ is 'b' there, 'a' in the base"):
         merge(base, tmp_path / "out", MergeSettings([folder]))
+    without = tmp_path / "without"
+    without.mkdir()
+    for path in folder.iterdir():
+        (without / path.name).write_bytes(path.read_bytes())
+    (without / "tokenizer.json").unlink()  # none to be had: nothing to compare
+    (without / "tokenizer_config.json").unlink()
+    merge(base, tmp_path / "unchecked", MergeSettings([without]))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json' is damaged"):
+        merge(base, tmp_path / "out", MergeSettings([folder]))
+
+
+def test_tokens_of_unigram_tokenizers_are_compared_too(tmp_path: Path) -> None:
+    base, (folder,), _ = family_of(tmp_path, count=1)
+    for path, tokens in [(base, ["a", "b"]), (folder, ["a", "c"])]:
+        told = {"model": {"type": "Unigram", "vocab": [[token, -1.0] for token in tokens]}, "added_tokens": []}
+        (path / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="tokenizers differ, the id 1 is 'c' there, 'b' in the base"):
         merge(base, tmp_path / "out", MergeSettings([folder]))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from moesaic.bench.part import Part
 from moesaic.convert import MergeSettings, UpcycleSettings, merge, upcycle
@@ -193,6 +194,7 @@ def measure(folder: Path, texts: Texts, sizes: Sizes, say: Callable[[str], None]
 
     Models that are in ``folder`` already are not made again.
     """
+    logging.disable_progress_bar()
     family = Family(folder, texts, sizes, say)
     models = {"base": family.base}
     models |= {f"fine-tuned on {domain}": path for domain, path in zip(texts, family.tuned, strict=True)}

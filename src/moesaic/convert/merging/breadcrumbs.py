@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesaic.convert.merging.method import MERGES, MergeMethod, check_share, weighted_sum
+from moesaic.convert.merging.method import MERGES, MergeMethod, check_share, share_of, weighted_sum
 from moesaic.convert.merging.vectors import Piece, TaskVectors, magnitudes_at
 from moesaic.errors import ConfigError
 
@@ -36,7 +36,7 @@ class Breadcrumbs(MergeMethod):
     def learn(self, vectors: TaskVectors, weights: Sequence[float], seed: int) -> list[tuple[float, float]]:
         """Of each model the smallest magnitude that stays, and the smallest one that is too large to."""
         masked = math.floor(self.outliers * vectors.size + 1e-6)
-        last = min(masked + math.ceil(self.density * vectors.size), vectors.size)
+        last = min(masked + share_of(self.density, vectors.size), vectors.size)
         if not masked:
             return [(least, math.inf) for (least,) in magnitudes_at(vectors, [last])]
         return [(least, outlier) for outlier, least in magnitudes_at(vectors, [masked, last])]

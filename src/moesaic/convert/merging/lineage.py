@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesaic.convert.dense import DenseModel
-from moesaic.convert.source import TensorSource
+from moesaic.convert.source import TensorSource, load_tokenizer
 from moesaic.errors import CheckpointError
 
 RELATED = 0.5
@@ -108,10 +108,15 @@ def _check_tokens(ours: Mapping[int, str], theirs: Mapping[int, str], message: s
 
 
 def _token_ids(source: TensorSource) -> dict[int, str]:
-    """Id to token, by ``tokenizer.json``; empty where there is none to compare."""
+    """Id to token; empty where the model has no tokenizer to compare."""
     path = source.tokenizer_from / "tokenizer.json"
-    if not source.tokenizer_from.is_dir() or not path.is_file():
-        return {}
+    if not path.is_file():
+        try:
+            vocabulary = load_tokenizer(source.tokenizer_from).get_vocab()
+        except CheckpointError:
+            return {}
+        return {int(number): str(token) for token, number in vocabulary.items()}
+    # Read by itself: that takes a tenth of the time, and says which file is damaged.
     try:
         told: dict[str, Any] = json.loads(path.read_bytes())
         vocabulary = told["model"]["vocab"]

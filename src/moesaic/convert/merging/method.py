@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -79,6 +80,11 @@ def check_share(name: str, value: float) -> None:
     """
     if not 0 < value <= 1:
         raise ConfigError(f"{name} is {value}: it must be above 0 and at most 1")
+
+
+def share_of(share: float, size: int) -> int:
+    """How many of ``size`` values a share is, rounded up and at least 1."""
+    return max(math.ceil(share * size - 1e-6), 1)  # 0.07 · 100 is a little more than 7
 
 
 def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moesaic.convert.merging.method import MERGES, MergeMethod, check_share
+from moesaic.convert.merging.method import MERGES, MergeMethod, check_share, share_of
 from moesaic.convert.merging.vectors import Piece, TaskVectors, magnitudes_at
 
 
@@ -35,7 +34,7 @@ class Ties(MergeMethod):
 
     def learn(self, vectors: TaskVectors, weights: Sequence[float], seed: int) -> list[float]:
         """The smallest magnitude that stays, of each model."""
-        return [magnitudes[0] for magnitudes in magnitudes_at(vectors, [math.ceil(self.density * vectors.size)])]
+        return [magnitudes[0] for magnitudes in magnitudes_at(vectors, [share_of(self.density, vectors.size)])]
 
     def merge(self, piece: Piece, weights: Sequence[float], learned: list[float]) -> Tensor:
         trimmed = [
