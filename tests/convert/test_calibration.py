@@ -17,7 +17,7 @@ from moesaic.convert import check_dense, open_source
 from moesaic.convert.activations import FeedForward, feed_forwards, read_text
 from moesaic.convert.criteria import CRITERIA, MARKED, Neurons, always_active, observe
 from moesaic.convert.meter import metered
-from moesaic.convert.routers import align, contributions, explained, fit_gate
+from moesaic.convert.routers import GateFit, align, contributions, explained
 from moesaic.errors import DataError
 from moesaic.hf.load import load_model
 
@@ -146,7 +146,7 @@ def kept(neurons: Neurons, labels: Tensor, top_k: int) -> float:
     """What the gate for these experts keeps of the neurons' shares, token by token."""
     experts = int(labels.max()) + 1
     wanted = torch.stack([neurons.shares[:, labels == expert].sum(dim=1) for expert in range(experts)], dim=1)
-    logits = fit_gate(neurons.features, wanted, top_k).logits(neurons.features)
+    logits = GateFit(neurons.features).gate(wanted, top_k).logits(neurons.features)
     best = [sorted(range(experts), key=lambda expert: -float(row[expert]))[:top_k] for row in logits]
     return sum(float(wanted[token, expert]) for token, row in enumerate(best) for expert in row)
 
@@ -204,7 +204,7 @@ def test_the_gate_is_least_squares_with_a_ridge() -> None:
     generator = torch.Generator().manual_seed(0)
     x, wanted = torch.randn(200, 6, generator=generator), torch.randn(200, 3, generator=generator) + 2
     x[:, 0] *= 5
-    gate = fit_gate(x, wanted, 2)
+    gate = GateFit(x).gate(wanted, 2)
     y64 = np.array([[float(value != row.min()) for value in row] for row in wanted])
     x64 = x.double().numpy()
     centered = x64 - x64.mean(axis=0)
@@ -213,7 +213,7 @@ def test_the_gate_is_least_squares_with_a_ridge() -> None:
     expected = centered @ weight + y64.mean(axis=0)
     expected = (expected - expected.mean()) / expected.std(ddof=1)
     np.testing.assert_allclose(gate.logits(x).numpy(), expected, rtol=1e-4, atol=1e-4)
-    flat = fit_gate(torch.zeros(20, 6), torch.ones(20, 3), 1)
+    flat = GateFit(torch.zeros(20, 6)).gate(torch.ones(20, 3), 1)
     assert torch.isfinite(flat.weight).all() and torch.isfinite(flat.bias).all()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.convert.activations import FeedForward
 from moesaic.convert.clustering import Ints, assign, balanced_kmeans
-from moesaic.convert.routers import Gate, fit_gate, largest
+from moesaic.convert.routers import Gate, GateFit, largest
 from moesaic.registry import Registry
 
 MARKED = 0.1
@@ -122,14 +122,13 @@ def by_routing(neurons: Neurons, experts: int, top_k: int, seed: int) -> Ints:
     labels[np.argsort(-neurons.shares.mean(dim=0).double().numpy(), kind="stable")] = (
         np.arange(count) * experts // count
     )
-    best, most = labels, -1.0
+    best, most, fit = labels, -1.0, GateFit(neurons.features)
     if neurons.wanted is not None:
-        labels = _to_where_on(neurons, fit_gate(neurons.features, neurons.wanted, top_k), experts, top_k)
+        labels = _to_where_on(neurons, fit.gate(neurons.wanted, top_k), experts, top_k)
     for _ in range(_ROUNDS):
-        shares_ME = torch.zeros(len(neurons.shares), experts)
-        shares_ME.index_add_(1, torch.from_numpy(labels), neurons.shares)
+        shares_ME = neurons.shares @ torch.nn.functional.one_hot(torch.from_numpy(labels), experts).float()
         wanted_ME = shares_ME if neurons.wanted is None else experts * shares_ME + neurons.wanted
-        gate = fit_gate(neurons.features, wanted_ME, top_k)
+        gate = fit.gate(wanted_ME, top_k)
         kept = float((shares_ME * largest(gate.logits(neurons.features), top_k)).sum())
         if kept <= most:
             break

@@ -44,25 +44,32 @@ def contributions(layer: FeedForward, members_EX: Tensor) -> Tensor:
     return norms_TE / norms_TE.mean(dim=1, keepdim=True).clamp(min=1e-20)
 
 
-def fit_gate(x_TD: Tensor, wanted_TE: Tensor, top_k: int) -> Gate:
-    """The linear gate whose logits are nearest to 1 for the ``top_k`` experts of a token with the largest
-    ``wanted_TE``, and to 0 for the others: least squares with a ridge of a hundredth of the features' mean square. Its
-    logits are then moved and scaled to mean 0 and deviation 1 over all tokens and experts.
+class GateFit:
+    """Linear gates by least squares on one set of features ``x_TD`` (``[T, D]``).
 
     MoEfication: Transformer Feed-forward Layers are Mixtures of Experts trains a network to tell how much an expert's
     neurons are active; this is a linear one, in one step.
     """
-    y_TE = largest(wanted_TE, top_k).double()
-    x_TD = x_TD.double()
-    mean_D, mean_E = x_TD.mean(dim=0), y_TE.mean(dim=0)
-    centered_TD = x_TD - mean_D
-    gram_DD = centered_TD.T @ centered_TD / len(x_TD)
-    gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean().clamp(min=1e-12))
-    weight_ED = torch.linalg.solve(gram_DD, centered_TD.T @ (y_TE - mean_E) / len(x_TD)).T
-    bias_E = mean_E - weight_ED @ mean_D
-    logits_TE = x_TD @ weight_ED.T + bias_E
-    deviation = logits_TE.std().clamp(min=1e-12)
-    return Gate((weight_ED / deviation).float(), ((bias_E - logits_TE.mean()) / deviation).float())
+
+    def __init__(self, x_TD: Tensor) -> None:
+        self._mean_D = x_TD.double().mean(dim=0)
+        self._x_TD = x_TD.double() - self._mean_D
+        gram_DD = self._x_TD.T @ self._x_TD / len(x_TD)
+        gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean().clamp(min=1e-12))
+        self._factor_DD = torch.linalg.cholesky(gram_DD)
+
+    def gate(self, wanted_TE: Tensor, top_k: int) -> Gate:
+        """The gate whose logits are nearest to 1 for the ``top_k`` experts of a token with the largest ``wanted_TE``,
+        and to 0 for the others, with a ridge of a hundredth of the features' mean square. The logits are then moved and
+        scaled to mean 0 and deviation 1 over all tokens and experts."""
+        y_TE = largest(wanted_TE, top_k).double()
+        mean_E = y_TE.mean(dim=0)
+        covariance_DE = self._x_TD.T @ (y_TE - mean_E) / len(y_TE)
+        weight_DE = torch.cholesky_solve(covariance_DE, self._factor_DD)
+        logits_TE = self._x_TD @ weight_DE + mean_E
+        deviation = logits_TE.std().clamp(min=1e-12)
+        bias_E = (mean_E - self._mean_D @ weight_DE - logits_TE.mean()) / deviation
+        return Gate((weight_DE.T / deviation).float().contiguous(), bias_E.float())
 
 
 def explained(layer: FeedForward, shared_X: Tensor, members_EX: Tensor, choice_TE: Tensor, top_k: int) -> float:

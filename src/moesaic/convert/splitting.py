@@ -18,7 +18,7 @@ from moesaic.convert.activations import CalibrationText, FeedForward, feed_forwa
 from moesaic.convert.criteria import CRITERIA, always_active, observe
 from moesaic.convert.cutting import Plan, outputs_of
 from moesaic.convert.dense import DenseModel, check_dense
-from moesaic.convert.routers import align, contributions, explained, fit_gate
+from moesaic.convert.routers import GateFit, align, contributions, explained
 from moesaic.convert.source import open_source
 from moesaic.convert.writing import Written, check_output, partial_folder, save_atomically, write_model
 from moesaic.errors import ConfigError, DataError, did_you_mean
@@ -257,7 +257,7 @@ def _calibrate(
         if not missing and not stacked:
             break
     if common_TE is not None and read_TD is not None:
-        gate = fit_gate(read_TD, common_TE, plan.top_k)
+        gate = GateFit(read_TD).gate(common_TE, plan.top_k)
         save_atomically({"weight": gate.weight, "bias": gate.bias}, _gate_file(work))
 
 
@@ -291,7 +291,7 @@ def _cut(
     }
     if settings.pre_gating == "stack":
         return {**found, "target": target_TE.contiguous()}
-    gate = fit_gate(layer.inputs, target_TE, plan.top_k)
+    gate = GateFit(layer.inputs).gate(target_TE, plan.top_k)
     share = explained(layer, shared_X, members_EX, gate.logits(layer.inputs), plan.top_k)
     return {**found, "weight": gate.weight, "bias": gate.bias, "explained": torch.tensor(share)}
 
