@@ -48,16 +48,16 @@ def test_everything_is_finite_json(shape: dict[str, Any]) -> None:
 LAYER_KEYS = """
 number label name experts top_k zero_computation load load_by_domain token_share token_share_by_domain imbalance
 variation idle_experts empty_slots dropped_slots entropy entropy_by_domain entropy_source domain_information
-specialization domain_mix token_consistency top_tokens examples experts_per_token
+specialization domain_mix token_consistency top_tokens examples experts_per_token locality similarity
 """
 
 
 def test_the_documented_keys() -> None:
     report = analyze(made_up_trace())
-    assert set(report) == {"format", "model", "data", "experts_per_token", "layers", "transitions"}
+    assert set(report) == {"format", "model", "data", "experts_per_token", "locality", "layers", "transitions"}
     assert set(report["model"]) == {"name", "architecture", "num_layers", "total_parameters", "active_parameters"}
     assert set(report["data"]) == {"tokens", "domains"}
-    assert set(report["transitions"][0]) == {"from", "to", "information", "counts", "probabilities"}
+    assert set(report["transitions"][0]) == {"from", "to", "information", "affinity", "counts", "probabilities"}
     layer = report["layers"][0]
     assert set(layer) == set(LAYER_KEYS.split())
     spent = {"varies", "mean", "spread", "free", "by_kind"}
@@ -66,6 +66,10 @@ def test_the_documented_keys() -> None:
     assert set(layer["experts_per_token"]["sparsity"]) == {"token", "chunk"}
     of_kind = {"tokens", "mean", "spread", "free"}
     assert set(layer["experts_per_token"]["by_kind"]["word"]) == of_kind
+    assert set(layer["locality"]) == {"segments", "caches", "experts"}
+    assert set(report["locality"]) == {"segments", "caches"}
+    assert set(report["locality"]["segments"]["16"]) == {"performance", "size"}
+    assert set(report["transitions"][0]["affinity"]) == {"share", "chance"}
     assert set(layer["token_consistency"]) == {"share", "chance", "tokens"}
     assert set(layer["top_tokens"][0][0]) == {"token", "text", "count", "lift"}
     example_keys = {"position", "domain", "document", "weight", "before", "text", "after"}
@@ -100,6 +104,16 @@ def test_shares_count_tokens(trace: RoutingTrace, report: dict[str, Any]) -> Non
 def test_transitions_join_neighbours(report: dict[str, Any]) -> None:
     assert [(t["from"], t["to"]) for t in report["transitions"]] == [(1, 2), (2, 5)]
     assert np.shape(report["transitions"][1]["probabilities"]) == (4, 16)
+
+
+def test_the_nearest_experts(trace: RoutingTrace) -> None:
+    cosines = np.array([[1.0, 0.2, -0.4, 0.6], [0.2, 1.0, 0.7, 0.1], [-0.4, 0.7, 1.0, 0.3], [0.6, 0.1, 0.3, 1.0]])
+    trace.layers[1].similarity = {"outputs": cosines}
+    similarity = analyze(trace)["layers"][1]["similarity"]
+    assert similarity["outputs"]["mean"] == pytest.approx((0.2 - 0.4 + 0.6 + 0.7 + 0.1 + 0.3) / 6)
+    expected = [{"expert": e, "cosine": c} for e, c in ((3, 0.6), (2, 0.7), (1, 0.7), (0, 0.6))]
+    assert similarity["outputs"]["nearest"] == expected
+    trace.layers[1].similarity = {}
 
 
 def test_examples_show_the_experts_own_tokens(trace: RoutingTrace, report: dict[str, Any]) -> None:

@@ -46,6 +46,27 @@ def known() -> RoutingTrace:
     )
 
 
+def test_what_a_cache_could_hold(known: RoutingTrace) -> None:
+    finding = told(known)["Experts in a cache"]
+    caches = analyze(known)["locality"]["caches"]
+    assert f"at best {percent(caches['1'])} of what the next ones take" in finding.text
+    assert f"twice that size {percent(caches['2'])}, of four times 100\u00a0%" in finding.text
+    assert "with an F1 score of 0." in finding.text
+    for layer in known.layers:
+        layer.expert_ids[:] = 1
+    assert "Experts in a cache" not in told(known)  # always the same: nothing to hold back
+
+
+def test_experts_that_are_alike(known: RoutingTrace) -> None:
+    assert "Two of a kind" not in told(known)
+    known.layers[1].similarity = {"outputs": np.array([[1, 0.1, 0, 0], [0.1, 1, 0, 0.9], [0, 0, 1, 0], [0, 0.9, 0, 1]])}
+    finding = told(known)["Two of a kind"]
+    assert finding.text.startswith("Experts 1 and 3 in layer 5 answer the same tokens alike")
+    assert "0.90" in finding.text
+    assert "0.17 in the mean" in finding.text
+    assert (finding.layer, finding.expert) == (1, 1)
+
+
 def test_the_sharpest_domain(known: RoutingTrace) -> None:
     finding = told(known)["A taste for one domain"]
     assert finding.text == "Expert 1 in layer 3 takes 90\u00a0% of the code tokens and 0\u00a0% of prose."

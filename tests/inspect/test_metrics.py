@@ -125,6 +125,33 @@ def test_transition_information_at_its_ends() -> None:
     assert metrics.transition_information(np.zeros((4, 4), dtype=np.int64)) == 0
 
 
+def test_affinity(random: np.random.Generator) -> None:
+    """What a token takes next, looked for in the two experts that followed each of its experts most."""
+    here, there = slots(random), slots(random, NEXT, 2)
+    found = metrics.affinity(metrics.transition_counts(here, there, EXPERTS, NEXT), followers=2)
+    steps = [(int(i), int(j)) for a, b in zip(here, there, strict=True) for i in a for j in b]
+    steps = [(i, j) for i, j in steps if i < EXPERTS and j < NEXT]
+    follows = {i: {j for j, _ in Counter(j for k, j in steps if k == i).most_common(2)} for i in range(EXPERTS)}
+    busiest = {j for j, _ in Counter(j for _, j in steps).most_common(2)}
+    assert found.share == pytest.approx(sum(j in follows[i] for i, j in steps) / len(steps))
+    assert found.chance == pytest.approx(sum(j in busiest for _, j in steps) / len(steps))
+
+
+def test_affinity_at_its_ends() -> None:
+    fixed = metrics.affinity(np.eye(4, dtype=np.int64) * 7, 1)
+    assert (fixed.share, fixed.chance) == (1, 0.25)
+    nothing = metrics.affinity(np.zeros((4, 4), dtype=np.int64), 1)
+    assert (nothing.share, nothing.chance) == (0, 0)
+
+
+def test_off_diagonal_mean(random: np.random.Generator) -> None:
+    values = random.random((5, 5))
+    assert metrics.off_diagonal_mean(values) == pytest.approx(
+        np.mean([values[i, j] for i in range(5) for j in range(5) if i != j])
+    )
+    assert metrics.off_diagonal_mean(np.ones((1, 1))) == 0
+
+
 def test_token_consistency(random: np.random.Generator) -> None:
     tokens, top = random.integers(0, 40, TOKENS), random.integers(0, EXPERTS + 1, TOKENS)
     found = metrics.token_consistency(tokens, top, EXPERTS, min_count=6)

@@ -20,6 +20,7 @@ def trace() -> RoutingTrace:
 
 
 def test_a_saved_trace_comes_back(trace: RoutingTrace, tmp_path: Path) -> None:
+    trace.layers[1].similarity = {"outputs": np.random.default_rng(0).random((6, 6))}
     path = trace.save(tmp_path / "trace.npz")
     again = RoutingTrace.load(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
@@ -29,7 +30,10 @@ def test_a_saved_trace_comes_back(trace: RoutingTrace, tmp_path: Path) -> None:
     for mine, theirs in zip(trace.layers, again.layers, strict=True):
         for field in fields(LayerTrace):
             value, read = getattr(mine, field.name), getattr(theirs, field.name)
-            if isinstance(value, np.ndarray):
+            if field.name == "similarity":
+                assert set(read) == set(value)
+                assert all(np.allclose(read[key], value[key], atol=1e-6) for key in value)
+            elif isinstance(value, np.ndarray):
                 assert read.dtype == value.dtype
                 assert np.allclose(read, value, atol=1e-6)
             else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.inspect import metrics, spending
+from moesaic.inspect import locality, metrics, spending
 from moesaic.inspect.examples import context, pick_examples
 from moesaic.inspect.kinds import token_kinds
 from moesaic.inspect.trace import FloatArray, LayerTrace, RoutingTrace
@@ -28,19 +28,31 @@ def analyze(trace: RoutingTrace) -> dict[str, Any]:
         experts_per_token: where the model spends: varies (whether tokens take different numbers of experts), mean,
             spread and free of the experts of a token and layer, and by_kind: {kind of token
             (:data:`moesaic.inspect.kinds.KINDS`): tokens, mean, spread, free} (:mod:`moesaic.inspect.spending`).
+        locality: whether tokens in a row take the same experts, of all layers' experts as one group: segments: {m:
+            {performance (SRP), size}} for segments of m tokens, and caches: {multiple of a token's experts: hit rate
+            (SCH)} (:mod:`moesaic.inspect.locality`).
         layers: a list, see :func:`_layer`.
         transitions: a list, one between each MoE layer and the next one, of {from, to (decoder layer numbers),
-            information, counts [E][E'] (token slots), probabilities [E][E']}.
+            information, affinity: {share, chance} (:func:`moesaic.inspect.metrics.affinity`), counts [E][E'] (token
+            slots), probabilities [E][E']}.
     """
     kinds_N = token_kinds(trace)
+    edges = [(passage.start, passage.stop) for passage in trace.passages]
+    local = [locality.LayerLocality.of(layer, edges) for layer in trace.layers]
     return {
         "format": FORMAT,
         "model": asdict(trace.model),
         "data": {"tokens": trace.num_tokens, "domains": _domains(trace)},
         "experts_per_token": nested(spending.of_all(trace, kinds_N)),
+        "locality": nested(locality.whole(local)),
         "layers": [
-            {**_layer(trace, layer), "experts_per_token": nested(spending.of_layer(trace, layer, kinds_N))}
-            for layer in trace.layers
+            {
+                **_layer(trace, layer),
+                "experts_per_token": nested(spending.of_layer(trace, layer, kinds_N)),
+                "locality": nested(own.report()),
+                "similarity": {name: _similarity(cosines) for name, cosines in layer.similarity.items()},
+            }
+            for layer, own in zip(trace.layers, local, strict=True)
         ],
         "transitions": [
             _transition(layer, following) for layer, following in zip(trace.layers, trace.layers[1:], strict=False)
@@ -73,6 +85,9 @@ def _layer(trace: RoutingTrace, layer: LayerTrace) -> dict[str, Any]:
         domain_information; specialization [E]; domain_mix {domain: [E]}.
         token_consistency: {share, chance, tokens}.
         top_tokens: [E] lists of {token (id), text, count, lift}.
+        locality: as of the whole, and experts: [E], the performance of each alone with segments of 16 tokens.
+        similarity: {outputs, weights}, where known (:mod:`moesaic.inspect.likeness`): the mean cosine of two experts,
+            and nearest: [E] of {expert, cosine}, the other one that is most alike.
         examples: [E] lists of {position (in the trace), domain, document, weight, before, text, after}.
     """
     domains = trace.domains
@@ -134,12 +149,22 @@ def _example(trace: RoutingTrace, layer: LayerTrace, expert: int, position: int)
     }
 
 
+def _similarity(cosines: FloatArray) -> dict[str, Any]:
+    others = np.where(np.eye(len(cosines), dtype=bool), -np.inf, cosines)
+    nearest = others.argmax(axis=1) if len(cosines) > 1 else []
+    return {
+        "mean": rounded(metrics.off_diagonal_mean(cosines)),
+        "nearest": [{"expert": int(e), "cosine": rounded(cosines[i, e])} for i, e in enumerate(nearest)],
+    }
+
+
 def _transition(layer: LayerTrace, following: LayerTrace) -> dict[str, Any]:
     counts = metrics.transition_counts(layer.expert_ids, following.expert_ids, layer.num_experts, following.num_experts)
     return {
         "from": layer.number,
         "to": following.number,
         "information": rounded(metrics.transition_information(counts)),
+        "affinity": nested(asdict(metrics.affinity(counts, following.top_k))),
         "counts": counts.tolist(),
         "probabilities": rounded(metrics.transition_probabilities(counts)),
     }

@@ -12,6 +12,8 @@ from moesaic.inspect.spending import common_kinds
 
 SMALL = 0.25
 """Of an even share: an expert with less load than this says little, whatever its few tokens are."""
+ALIKE = 0.5
+"""Cosine of the outputs of two experts from which on they are called alike."""
 CLEAR = 0.05
 """Two shares that differ by less are called neither different nor more and less."""
 
@@ -40,6 +42,8 @@ def find(report: dict[str, Any]) -> list[Finding]:
         _balance(report),
         _certainty(report),
         _paths(report),
+        _offloading(report),
+        _likeness(report),
     ]
     return [finding for finding in candidates if finding]
 
@@ -224,6 +228,42 @@ def _paths(report: dict[str, Any]) -> Finding | None:
         f"{target['label']}; of all tokens it is {percent(chance)}.",
         position + 1,
         j,
+    )
+
+
+def _offloading(report: dict[str, Any]) -> Finding | None:
+    """What a cache of experts could hope for, where it could hold back some."""
+    caches = report["locality"]["caches"]
+    if not caches["1"] or caches["1"] > 1 - CLEAR:
+        return None
+    f1 = report["locality"]["segments"]["16"]["performance"]
+    fixed = (
+        f" A fixed choice for 16 tokens in a row would meet the router's with an F1 score of {f1:.2f}." if f1 else ""
+    )
+    return Finding(
+        "Experts in a cache",
+        f"A cache with room for the experts of one token has at best {percent(caches['1'])} of what the next ones "
+        f"take, one of twice that size {percent(caches['2'])}, of four times {percent(caches['4'])}.{fixed}",
+    )
+
+
+def _likeness(report: dict[str, Any]) -> Finding | None:
+    """The two experts of one layer that make the most similar thing of the same tokens, where they are alike."""
+    best: tuple[float, int, int, int] | None = None
+    for position, layer in enumerate(report["layers"]):
+        for expert, nearest in enumerate(layer["similarity"].get("outputs", {}).get("nearest", [])):
+            if best is None or nearest["cosine"] > best[0]:
+                best = (nearest["cosine"], position, expert, nearest["expert"])
+    if best is None or best[0] < ALIKE:
+        return None
+    cosine, position, expert, other = best
+    layer = report["layers"][position]
+    return Finding(
+        "Two of a kind",
+        f"Experts {expert} and {other} in layer {layer['label']} answer the same tokens alike: the cosine of their "
+        f"outputs is {cosine:.2f}, that of two experts there {layer['similarity']['outputs']['mean']:.2f} in the mean.",
+        position,
+        expert,
     )
 
 

@@ -5,13 +5,20 @@ T tokens · D model width · E experts. A cosine is 1 for the same direction, 0 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesaic.experts import ExpertWeights
+from moesaic.errors import UnsupportedError
+from moesaic.experts import ExpertBank, ExpertWeights
+from moesaic.hf.experts import weights_of
+from moesaic.inspect.trace import FloatArray
+
+SAMPLE = 64
+"""Tokens, evenly spread over the first forward, on which experts' outputs are compared."""
 
 _CHUNK = 1 << 18
 """Columns of the flattened matrices that are turned into float32 at a time."""
@@ -26,12 +33,15 @@ def expert_output(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
 
 
 @torch.no_grad()
-def output_cosines(x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+def output_cosines(x_TD: Tensor, banks: Sequence[ExpertWeights]) -> Tensor:
     """``[E, E]`` float64: mean over the tokens of cos(f_i(x), f_j(x)), all experts given the same tokens.
 
     An output of zeros has cosine 0 with everything, itself too.
+
+    Args:
+        banks: the layer's experts, those of unequal width in banks one after the other.
     """
-    outputs = [expert_output(x_TD, weights, expert).float() for expert in range(weights.num_experts)]
+    outputs = (expert_output(x_TD, bank, expert).float() for bank in banks for expert in range(bank.num_experts))
     directions_ETD = torch.stack([y / y.norm(dim=-1, keepdim=True).clamp(min=1e-30) for y in outputs])
     flat_EN = directions_ETD.flatten(1)
     return (flat_EN @ flat_EN.t()).double() / max(1, len(x_TD))
@@ -59,3 +69,38 @@ def cosines(pieces: Iterable[Tensor]) -> Tensor:
     assert gram_EE is not None
     norm_E = gram_EE.diagonal().sqrt().clamp(min=1e-30)
     return gram_EE / (norm_E[:, None] * norm_E)
+
+
+class Likeness:
+    """Compares the experts of one layer when it first runs; ``found`` is ``[E, E]`` by name, as in a
+    :class:`~moesaic.inspect.trace.LayerTrace`.
+
+    Nothing is found for experts that are sharded over ranks, or stored in a way that is not known; no ``"weights"`` for
+    experts of unequal width.
+
+    Args:
+        banks: the modules that hold the experts, in the order of their ids.
+    """
+
+    def __init__(self, banks: Sequence[nn.Module]) -> None:
+        self.found: dict[str, FloatArray] = {}
+        self._banks = banks
+        self._is_done = False
+
+    def watch(self) -> Any:
+        """Put a hook on the experts; returns its handle."""
+        return self._banks[0].register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x_TD = args[0] if args else next(iter(kwargs.values()))
+        if self._is_done or not len(x_TD):
+            return
+        self._is_done = True
+        try:
+            weights = [bank.weights() if isinstance(bank, ExpertBank) else weights_of(bank) for bank in self._banks]
+        except UnsupportedError:
+            return
+        x_SD = x_TD[:: max(1, len(x_TD) // SAMPLE)][:SAMPLE]
+        self.found["outputs"] = output_cosines(x_SD, weights).cpu().numpy()
+        if len(weights) == 1:
+            self.found["weights"] = weight_cosines(weights[0]).numpy()

@@ -99,6 +99,36 @@ def transition_information(counts: IntArray) -> float:
 
 
 @dataclass(frozen=True)
+class Affinity:
+    """``share``: of the slots of one layer, those that go to experts which its token's expert in the layer before has
+    the most affinity to. ``chance``: the same if these were the layer's busiest experts for everybody."""
+
+    share: float
+    chance: float
+
+
+def affinity(counts: IntArray, followers: int) -> Affinity:
+    """Σ_i Σ_{j in F(i)} C(i, j) / ΣC with F(i) the ``followers`` experts j with the largest P(j | i).
+
+    P(j | i) (:func:`transition_probabilities`) is the inter-layer expert affinity of Exploiting Inter-Layer Expert
+    Affinity for Accelerating Mixture-of-Experts Model Inference (ExFlow), section 4; one number of it is how often one
+    finds what a token takes next where one looks for it in the nearest experts only. With as many followers as slots a
+    token, share and chance are 1 where routes are fixed.
+    """
+    total = int(counts.sum())
+    if not total:
+        return Affinity(0.0, 0.0)
+    nearest, busiest = np.sort(counts, axis=1)[:, -followers:], np.sort(counts.sum(axis=0))[-followers:]
+    return Affinity(float(nearest.sum() / total), float(busiest.sum() / total))
+
+
+def off_diagonal_mean(values: FloatArray) -> float:
+    """Mean of the entries ``[E, E]`` of different experts; 0 where there is one."""
+    others = len(values) * (len(values) - 1)
+    return _ratio(values.sum() - np.trace(values), others)
+
+
+@dataclass(frozen=True)
 class Consistency:
     """``share``: how often a token goes to the expert that its id goes to most often. ``chance``: the same share if
     every token went to the layer's busiest expert. ``tokens``: how many tokens were looked at."""

@@ -128,6 +128,7 @@ def page_data(trace: RoutingTrace, report: dict[str, Any]) -> dict[str, Any]:
         "tokens": trace.num_tokens,
         "layers": [_layer(layer, domains, positions, experts) for layer in report["layers"]],
         "spent": _spent(report),
+        "affinity": [[of["affinity"][key] for key in ("share", "chance")] for of in report["transitions"]],
         "links": [_links(transition["counts"], experts) for transition in report["transitions"]],
         "linked": [_linked(transition["counts"]) for transition in report["transitions"]],
         "passages": passages,
@@ -150,6 +151,12 @@ def _layer(layer: dict[str, Any], domains: list[str], positions: dict[int, int],
         "entropy": [layer["entropy"], *(layer["entropy_by_domain"][name] for name in domains)],
         "imbalance": layer["imbalance"],
         "information": layer["domain_information"],
+        "locality": [of["performance"] for of in layer["locality"]["segments"].values()],
+        "caches": list(layer["locality"]["caches"].values()),
+        "similarity": {name: of["mean"] for name, of in layer["similarity"].items()},
+        "nearest": [
+            [of["expert"], round(of["cosine"], 2)] for of in layer["similarity"].get("outputs", {}).get("nearest", [])
+        ],
         "consistency": [consistency["share"], consistency["chance"]] if consistency["tokens"] else None,
         "tops": [
             [[top["text"], top["count"], round(top["lift"], 1)] for top in of_expert[:entries]]

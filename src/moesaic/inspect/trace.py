@@ -23,6 +23,8 @@ FORMAT = 2
 _READ = (1, 2)
 """Format 1 knows no zero-computation experts and no passes."""
 
+SIMILARITIES = ("outputs", "weights")
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
@@ -67,6 +69,8 @@ class LayerTrace:
         dropped: slots that lost their expert to a capacity limit.
         zero_computation: the kind of each expert that computes nothing (zero, copy, constant).
         routing: where the layer routes several times in one forward, which time this is, from 1; else 0.
+        similarity: ``[E, E]`` float64 by name, where known: ``"outputs"`` and ``"weights"``, the experts' cosines as
+            :mod:`moesaic.inspect.likeness` has them.
     """
 
     name: str
@@ -79,6 +83,7 @@ class LayerTrace:
     dropped: int = 0
     zero_computation: list[str] = field(default_factory=list)
     routing: int = 0
+    similarity: dict[str, FloatArray] = field(default_factory=dict)
 
     @property
     def top_k(self) -> int:
@@ -156,6 +161,8 @@ class RoutingTrace:
             arrays[f"expert_ids_{i}"] = layer.expert_ids.astype(np.int32)
             arrays[f"weights_{i}"] = layer.weights.astype(np.float32)
             arrays[f"entropy_{i}"] = layer.entropy.astype(np.float32)
+            for name, cosines in layer.similarity.items():
+                arrays[f"similarity_{name}_{i}"] = cosines.astype(np.float32)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
@@ -196,6 +203,11 @@ class RoutingTrace:
                         expert_ids=file[f"expert_ids_{i}"].astype(np.int64),
                         weights=file[f"weights_{i}"].astype(np.float64),
                         entropy=file[f"entropy_{i}"].astype(np.float64),
+                        similarity={
+                            name: file[f"similarity_{name}_{i}"].astype(np.float64)
+                            for name in SIMILARITIES
+                            if f"similarity_{name}_{i}" in file
+                        },
                     )
                     for i, layer in enumerate(about["layers"])
                 ]

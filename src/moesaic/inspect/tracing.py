@@ -19,6 +19,7 @@ from moesaic.errors import UnsupportedError, UsageError
 from moesaic.experts.kinds import columns_of
 from moesaic.experts.unequal import banks_of
 from moesaic.hf import is_experts_module
+from moesaic.inspect.likeness import Likeness
 from moesaic.inspect.passages import cut_passages, vocabulary_of
 from moesaic.inspect.trace import LayerTrace, ModelFacts, Passage, RoutingTrace
 from moesaic.layer import MoE
@@ -109,6 +110,7 @@ class _Record:
     entropies: list[Tensor] = field(default_factory=list)
     sources: set[str] = field(default_factory=set)
     dropped: int = 0
+    likeness: Likeness | None = None
 
     def add(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
         if expert_ids_TK.ndim != 2 or expert_ids_TK.is_floating_point():
@@ -163,6 +165,7 @@ class _Record:
             dropped=self.dropped,
             zero_computation=self.zero_computation,
             routing=self.routing,
+            similarity=self.likeness.found if self.likeness else {},
         )
 
 
@@ -172,9 +175,11 @@ def _watched_modules(model: nn.Module) -> list[_Record]:
         if isinstance(module, MoE):
             times = module.config.iterations
             turns = range(1, times + 1) if times > 1 else [0]
-            records += [_Record(name, module, module.config.num_experts, turn) for turn in turns]
+            banks = [bank for bank, _ in banks_of(module.experts, module.config.num_experts)]
+            likeness = Likeness(banks)  # one for all turns, whose experts are the same
+            records += [_Record(name, module, module.config.num_experts, turn, likeness=likeness) for turn in turns]
         elif is_experts_module(module):
-            records.append(_Record(name, module, _num_experts(module)))
+            records.append(_Record(name, module, _num_experts(module), likeness=Likeness([module])))
     if not records:
         raise UsageError(
             f"{type(model).__name__} has no MoE layer that can be watched: it must have moesaic's MoE layers or "
@@ -208,6 +213,8 @@ def _watching(records: list[_Record]) -> Iterator[list[_Record]]:
             else:
                 handle = record.module.register_forward_pre_hook(_before_experts(record), with_kwargs=True)
             hooks.callback(handle.remove)
+            if record.likeness is not None and record.routing <= 1:
+                hooks.callback(record.likeness.watch().remove)
         yield records
 
 

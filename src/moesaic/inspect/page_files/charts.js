@@ -66,10 +66,35 @@ function buildLayers() {
         { name: "by eight tokens in a row", values: of((layer) => layer.sparsity[1]), color: "var(--mid)" }],
       null, [0, 1], (v) => Math.round(100 * v) + "%"));
   }
+  figures.push(...localCharts(layers, number));
   const busiest = of((layer) => layer.imbalance);
   figures.push(lineChart("Load imbalance", "the busiest expert, in even shares",
     one((layer) => layer.imbalance), busiest.map(() => 1), [0, Math.max(2, Math.ceil(Math.max(...busiest)))], (v) => v.toFixed(1)));
   byId("layers").append(...figures);
+}
+
+// Whether tokens in a row take the same experts, where they go on to, and how alike experts are.
+function localCharts(layers, number) {
+  const colors = ["var(--accent)", "var(--mid)", "var(--muted)"], share = (v) => Math.round(100 * v) + "%";
+  const lines = (names, pick) => names.map((name, i) => ({ name, values: layers.map((layer) => pick(layer, name, i)), color: colors[i] }));
+  const key = (s) => el("span", { class: "key", style: `--c: ${s.color}` }, s.name);
+  const segments = lines(["4 tokens", "16", "64"], (layer, name, i) => layer.locality[i]);
+  const caches = lines(["one token's experts", "2 ×", "4 ×"], (layer, name, i) => layer.caches[i]);
+  const found = [
+    lineChart("Fixed for a segment", ["F1 score of one choice for ", segments.map(key)], segments, null, [0, 1], number),
+    lineChart("Found in a cache", ["with room for ", caches.map(key)], caches, null, [0, 1], share)];
+  if (data.affinity.length) {
+    const next = (i) => [...data.affinity.map((one) => one[i]), null];
+    found.push(lineChart("Affinity to the next layer", "found in the experts that follow most",
+      [{ name: "", values: next(0), color: "var(--accent)" }], next(1), [0, 1], share));
+  }
+  const alike = ["outputs", "weights"].filter((name) => layers.every((layer) => name in layer.similarity));
+  if (alike.length) {
+    const series = lines(alike, (layer, name) => layer.similarity[name]);
+    const low = Math.min(...series.flatMap((s) => s.values)) < -0.005 ? -1 : 0;
+    found.push(lineChart("Likeness of experts", ["mean cosine of ", series.map(key)], series, null, [low, 1], number));
+  }
+  return found;
 }
 const keys = () => data.domains.map((name, d) => el("span", { class: "key", style: `--c: ${domainColor(d)}` }, name));
 const upTo = (values) => [0.1, 0.25, 0.5, 1].find((limit) => limit >= Math.max(...values)) || 1;

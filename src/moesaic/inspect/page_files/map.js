@@ -124,7 +124,8 @@ function buildCard() {
         el("span", { title: `${count} slots, ${lift} times as common here as elsewhere in this layer` },
           el("b", {}, visible(text)), ` ${count} · ${lift}×`))) : null),
     ...block("In context", ...layer.examples[e].slice(0, 4).map((position) => quote(l, e, position))),
-    ...block("Most of its tokens go on to", nextExperts(l, e)));
+    ...block("Most of its tokens go on to", nextExperts(l, e)),
+    ...block("Its answers are most like those of", alike(l, e)));
 }
 
 function block(title, ...content) {
@@ -168,6 +169,12 @@ function reach(pieces, at, step) {
     length += pieces[i].length;
   }
   return i;
+}
+
+function alike(l, e) {
+  const nearest = data.layers[l].nearest[e];
+  return nearest ? el("div", { class: "tokens" }, el("span", {},
+    el("button", { class: "link", onclick: () => choose(l, nearest[0]) }, `expert ${nearest[0]}`), ` cosine ${nearest[1].toFixed(2)}`)) : null;
 }
 
 function nextExperts(l, e) {
