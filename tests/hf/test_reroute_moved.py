@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.hf import parallel_models
 from tests.hf.test_reroute import build, logits, ours
 from tests.parallel import harness
@@ -128,6 +129,23 @@ def test_what_is_spread_while_rerouted(kind: str, router: str | None) -> None:
     for said, back in harness.pool(2).run(spread_while_rerouted, kind, router):
         assert back == (router is None)
         assert ("call remove() of what reroute() returned before moesaic.parallelize" in said) == (not back)
+
+
+def rerouted_by_rank_0() -> tuple[dict[str, Any], int]:
+    """Its balancing while it is rerouted, and what the ranks' next collective, whatever comes of it, adds up to."""
+    model: Any = ours(router="sigmoid_topk", balancing={"global_load_balancing": 0.1, "bias_update": 1e-3})
+    during: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        with moesaic.reroute(model, "softmax_topk"):
+            during = dict(model.config.balancing)
+    total = torch.ones(8, dtype=torch.int64)
+    dist.all_reduce(total)
+    return during, int(total[0])
+
+
+def test_one_rank_alone_may_reroute() -> None:
+    answers = harness.pool(2).run(rerouted_by_rank_0)
+    assert answers == [({"global_load_balancing": 0.1}, 2), ({}, 2)]
 
 
 @pytest.mark.parametrize("make", [ours, build], ids=["ours", "transformers"])

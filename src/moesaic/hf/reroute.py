@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moesaic.config import MoEConfig
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.hf.configuration import MoesaicConfig
-from moesaic.hf.gates import Gate, GateRule, TokenIds, find_gates, gate_rule, refuse_sharded
+from moesaic.hf.gates import Gate, GateRule, TakenIds, TokenIds, find_gates, gate_rule, refuse_sharded
 from moesaic.layer import MoE, moe_layers
 from moesaic.routing import ROUTERS, Router, Routing, RoutingContext, check_balancing, create_router
 from moesaic.routing.layer_balancing import LayerBalancing
@@ -34,28 +34,28 @@ class Rerouting:
     def __init__(
         self,
         layers: list[str],
-        last: Callable[[], list[Routing]],
+        taken: Callable[[], list[tuple[Tensor, int]]],
         undo: list[Callable[[], object]],
-        check: Callable[[], object] = bool,
+        check: Callable[[], object] | None = None,
     ) -> None:
         self.layers = layers
-        self._last, self._undo, self._check = last, undo, check
+        # Of each layer the ids [T, K] of the last forward, and the number of feed-forward experts.
+        self._taken, self._undo, self._check = taken, undo, check
 
     def remove(self) -> None:
         """Route as before, to the bit; calling it again does nothing. Refused (:class:`UnsupportedError`) for a model
         of ours that was spread over ranks meanwhile."""
-        if self._undo:
+        if self._undo and self._check is not None:
             self._check()
         while self._undo:
             self._undo.pop()()
 
     def experts_per_token(self) -> float:
-        """Mean number of feed-forward experts that a token took, over the layers of the last forward; NaN before one,
-        and where only ``top_k`` of a model of transformers was changed."""
-        routings = self._last()
-        used = [float((r.expert_ids < (r.num_ffn or r.num_experts)).sum()) for r in routings]
-        tokens = sum(len(r.expert_ids) for r in routings)
-        return sum(used) / tokens if tokens else float("nan")
+        """Mean number of feed-forward experts that a token took, over the layers of the last forward; NaN before it."""
+        taken = self._taken()
+        used = sum(float((ids_TK < experts).sum()) for ids_TK, experts in taken)
+        tokens = sum(len(ids_TK) for ids_TK, _ in taken)
+        return used / tokens if tokens else float("nan")
 
     def __enter__(self) -> Rerouting:
         return self
@@ -157,11 +157,13 @@ def _change_top_k(gates: list[Gate], top_k: int | None, options: Mapping[str, An
     rules = [gate_rule(gate) for gate in gates]
     for gate, rule in zip(gates, rules, strict=True):
         gate_rule(gate, check_top_k(top_k, rule.num_experts))
+    hooks = [TakenIds(rule) for rule in rules]
     undo: list[Callable[[], object]] = []
-    for gate in gates:
+    for gate, hook in zip(gates, hooks, strict=True):
         undo.append(partial(setattr, gate.module, "top_k", gate.module.top_k))
         gate.module.top_k = top_k  # type: ignore[assignment]
-    return Rerouting([gate.name for gate in gates], list, undo)
+        undo.append(gate.module.register_forward_hook(hook).remove)
+    return Rerouting([gate.name for gate in gates], lambda: [hook.last for hook in hooks if hook.last], undo)
 
 
 class _Hook:
@@ -188,7 +190,7 @@ class _Hook:
         self.rule, self.tokens = rule, tokens
         self.config = getattr(gate.experts, "config", None)
         self.scale = 1.0 if "scale" in known else rule.scale
-        self.last: Routing | None = None
+        self.last: tuple[Tensor, int] | None = None
         self._try()
 
     def __call__(self, gate: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,7 +200,7 @@ class _Hook:
             last = self.rule.num_experts - 1
             weights_TK = weights_TK * self.rule.expert_scale.to(weights_TK)[routing.expert_ids.clamp(max=last)]
         if not torch.compiler.is_compiling():
-            self.last = routing.detach()
+            self.last = routing.expert_ids, self.rule.num_experts
         ids_TK = routing.expert_ids
         if getattr(self.config, "_experts_implementation", "moesaic") != "moesaic":
             # Not every implementation knows null slots: there they are computed, and count for nothing.
@@ -281,6 +283,7 @@ def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, optio
     for layer, config, own in zip(every, configs, parts, strict=True):
         undo.append(partial(_put_back, layer, layer.config, (layer.routers, layer.balancing)))
         _put(layer, config, own)
+        layer.last_routings = ()
     settings = getattr(model, "config", None)
     if isinstance(settings, MoesaicConfig):
         first = configs[every.index(layers[0])]
@@ -288,15 +291,19 @@ def _reroute_ours(model: nn.Module, router: str | None, top_k: int | None, optio
             "router": first.router,
             "router_options": dict(first.router_options),
             "balancing": dict(first.balancing),
+            "num_experts_per_tok": first.top_k,
         }
-        named |= {"num_experts_per_tok": first.top_k}
         undo.append(partial(settings.update, {name: getattr(settings, name) for name in named}))
         settings.update(named)
     names_of = {id(module): name for name, module in model.named_modules()}
     places = [f"{names_of[id(layer)]}.router".lstrip(".") for layer in layers]
     # Routers that FSDP has never seen would have no parameters; with another top_k they share all.
-    check = bool if router is None else partial(refuse_sharded, model, _BACK)
-    return Rerouting(places, lambda: [routing for layer in every for routing in layer.last_routings], undo, check)
+    check = None if router is None else partial(refuse_sharded, model, _BACK)
+
+    def taken() -> list[tuple[Tensor, int]]:
+        return [(r.expert_ids, r.num_ffn or r.num_experts) for layer in every for r in layer.last_routings]
+
+    return Rerouting(places, taken, undo, check)
 
 
 def _has_gate(router: nn.Module) -> bool:
@@ -326,7 +333,8 @@ def _goes_with(balancer: str, setting: Any, router: Router, trial: Routing) -> b
     """Whether a balancer has something to do with the router: ``bias_update`` may have nothing to move."""
     try:
         check_balancing({balancer: setting}, type(router))
-        LayerBalancing({balancer: setting}, router.num_experts).loss(trial)
+        # In evaluation nothing is counted over ranks: perhaps this one alone reroutes.
+        LayerBalancing({balancer: setting}, router.num_experts).eval().loss(trial)
     except ConfigError:
         return False
     except Exception as error:  # a balancer is anybody's program
