@@ -78,6 +78,19 @@ class TokenIds:
         self.ids_T = None if ids is None else ids.reshape(-1)
 
 
+class TakenIds:
+    """A forward hook of a gate, which notes what its tokens take: ``last`` has ids ``[T, K]`` and the number of experts
+    before the null ones; None before a forward."""
+
+    def __init__(self, rule: GateRule) -> None:
+        self.rule = rule
+        self.last: tuple[Tensor, int] | None = None
+
+    def __call__(self, gate: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self.last = output[self.rule.order[2]].detach(), self.rule.num_experts
+
+
 def find_gates(model: nn.Module) -> list[Gate]:
     """The gates of the blocks whose experts take part in transformers' experts interface, in the order of the model.
 

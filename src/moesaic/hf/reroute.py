@@ -333,8 +333,7 @@ def _goes_with(balancer: str, setting: Any, router: Router, trial: Routing) -> b
     """Whether a balancer has something to do with the router: ``bias_update`` may have nothing to move."""
     try:
         check_balancing({balancer: setting}, type(router))
-        # In evaluation nothing is counted over ranks: perhaps this one alone reroutes.
-        LayerBalancing({balancer: setting}, router.num_experts).eval().loss(trial)
+        LayerBalancing({balancer: setting}, router.num_experts).eval().loss(trial)  # eval: asks no other rank
     except ConfigError:
         return False
     except Exception as error:  # a balancer is anybody's program
