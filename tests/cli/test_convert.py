@@ -79,6 +79,37 @@ def test_a_split_says_what_it_made(made: Path, tmp_path: Path, capsys: Captured)
     assert load_model(tmp_path / "out")[0].config.num_experts == 6
 
 
+BUDGET = ["--train-tokens", "256", "--sequence-length", "32", "--loss", "reverse_kl", "--mixture", "even"]
+
+
+def test_a_split_that_learns_is_resumed(
+    made: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / f"text/{number}.txt").write_text(f"{number} {TEXT}")
+    words = ["--method", "split", "--experts", "6", "--tokens", "600", "--data", str(tmp_path / "text"), *BUDGET]
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.convert.taught.distill", stopped)
+        assert convert(made, tmp_path / "out", *words) == 130
+    assert (tmp_path / "out.split/config.json").is_file() and not (tmp_path / "out").exists()
+    assert convert(made, tmp_path / "out", *words, "--experts", "4") == 2
+    assert "out.split' holds another split (experts: 6 there, 4 now)" in capsys.readouterr().err
+    assert convert(made, tmp_path / "out", *words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)["made"]
+    assert told["split"] is None and told["distilled"]["tokens"] >= 256
+    assert sorted(told["distilled"]["shares"].values()) == [1.0]
+    assert load_model(tmp_path / "out")[0].config.num_experts == 6
+    assert not (tmp_path / "out.split").exists() and not (tmp_path / "out.partial").exists()
+    words = ["--method", "distill", "--teacher", str(made / "base"), "--data", str(tmp_path / "text"), *BUDGET]
+    assert run(["convert", str(tmp_path / "out"), "--to", str(tmp_path / "on"), *words]) == 0
+    assert "learned from the dense model" in capsys.readouterr().out
+
+
 def test_merges(made: Path, tmp_path: Path, capsys: Captured) -> None:
     others = ["--with", str(made / "one"), "--with", str(made / "two")]
     words = ["--method", "merge", *others, "--by", "ties", "--option", "density=0.5", "--weights", "0.5,1"]
@@ -108,6 +139,12 @@ def test_prunes(made: Path, tmp_path: Path, how: str, capsys: Captured) -> None:
             "--top-k says nothing to --method split: it is an option of upcycle and",
         ),
         (["--method", "split", "--no-perturb"], "--perturb says nothing to --method split"),
+        (["--method", "split", "--loss", "kl"], "training needs a budget: give one of --minutes and --train-tokens"),
+        (["--method", "split", "--minutes", "1", "--train-tokens", "9"], "give one of --minutes and --train-tokens"),
+        (["--method", "split", "--minutes", "0"], "minutes is 0.0: it must be above 0"),
+        (["--method", "split", "--minutes", "1", "--loss", "kd"], "'kd'"),
+        (["--method", "distill", "--minutes", "1"], "give it as --teacher"),
+        (["--method", "distill", "--minutes", "1", "--teacher", "{made}/one"], "must be a mixture of ours"),
         (["--method", "merge"], "give at least one"),
         (["--method", "merge", "--with", "{made}/stranger"], "stranger"),
         (["--method", "merge", "--with", "{made}/one", "--weights", "a"], "--weights is 'a'"),

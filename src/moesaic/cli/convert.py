@@ -6,12 +6,25 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moesaic.errors import ConfigError, UsageError, did_you_mean
 
+if TYPE_CHECKING:
+    from moesaic.convert import Distilled, DistillSettings, Split
+
+# What goes into the settings of the training, not into those of the split before it.
+_TEACHING = {
+    "minutes": "minutes",
+    "train_tokens": "train_tokens",
+    "loss": "loss",
+    "mixture": "mixture",
+    "learning_rate": "learning_rate",
+}
+# What both take.
+_SHARED = ("data", "sequence_length", "seed")
 # Method -> option of this command -> field of the method's settings.
 METHODS: dict[str, dict[str, str]] = {
     "dense": {},
@@ -25,6 +38,14 @@ METHODS: dict[str, dict[str, str]] = {
         "tokens": "tokens",
         "sequence_length": "sequence_length",
         "seed": "seed",
+        **_TEACHING,
+    },
+    "distill": {
+        "teacher": "teacher",
+        "data": "data",
+        "sequence_length": "sequence_length",
+        "seed": "seed",
+        **_TEACHING,
     },
     "upcycle": {
         "experts": "num_experts",
@@ -60,13 +81,13 @@ METHODS: dict[str, dict[str, str]] = {
     },
 }
 _SPLIT, _UPCYCLE, _MERGE, _PRUNE = (f"--method {name}" for name in ("split", "upcycle", "merge", "prune"))
-_TEXT = "Text that is measured on: split and prune"
+_TEACH, _TEXT = "Training after --method split, and --method distill", "Text: split, distill and prune"
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A model folder, that of a training run, or a .gguf file.")],
     to: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
-    method: Annotated[str, typer.Option(help="split, upcycle, merge, prune, or dense.")],
+    method: Annotated[str, typer.Option(help="split, distill, upcycle, merge, prune, or dense.")],
     experts: Annotated[
         int | None,
         typer.Option(help="Routed experts of a layer; 16 for split, 8 for upcycle by default.", rich_help_panel=_SPLIT),
@@ -85,7 +106,7 @@ def command(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="What puts neurons into one expert: coactivation (the default), weight, or domain.",
+            help="What puts neurons into one expert: routed (the default), coactivation, weight, or domain.",
             rich_help_panel=_SPLIT,
         ),
     ] = None,
@@ -96,6 +117,29 @@ def command(
             rich_help_panel=_SPLIT,
         ),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Learn from the dense model for so long.", rich_help_panel=_TEACH),
+    ] = None,
+    train_tokens: Annotated[
+        int | None, typer.Option(help="Instead of --minutes: on so many tokens of text.", rich_help_panel=_TEACH)
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="distill: the dense model that MODEL, a mixture, was made of.", rich_help_panel=_TEACH),
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="kl (the default), reverse_kl, or taid.", rich_help_panel=_TEACH)
+    ] = None,
+    mixture: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of the text's domains: excess (more of what is furthest behind, the default), even, or "
+            "tokens, as they come.",
+            rich_help_panel=_TEACH,
+        ),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest.", rich_help_panel=_TEACH)] = None,
     top_k: Annotated[
         int | None,
         typer.Option(help="Experts of a token (also for merge into experts); 2 by default.", rich_help_panel=_UPCYCLE),
@@ -191,7 +235,9 @@ def command(
             rich_help_panel=_TEXT,
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="About how many of it.", rich_help_panel=_TEXT)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="split, prune: about how many of it to measure on.", rich_help_panel=_TEXT)
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens that the model sees at once.", rich_help_panel=_TEXT)
     ] = None,
@@ -202,6 +248,9 @@ def command(
     """Make a mixture of experts from a dense model, merge models, or prune a mixture; MODEL stays as it is.
 
     split: each feed-forward is cut into experts of neurons that are active together; with all on, the same model.
+    With --minutes (or --train-tokens) the mixture then learns from MODEL what it lost.
+
+    distill: a mixture that was split or upcycled learns from the dense model that it was made of.
 
     upcycle: every expert is a copy of the feed-forward; the same model until it is trained.
 
@@ -229,8 +278,8 @@ def command(
     written = made if method == "dense" else made.written
     size = f"{written.parameters / 1e6:,.1f} M parameters, {written.nbytes / 1e6:,.0f} MB"
     print(f"wrote {to}: {size}" + (f" in {written.shards} files" if written.shards > 1 else ""))
-    if method in ("split", "upcycle"):
-        print(f"what it keeps of the dense model: moesaic eval {to} --against {model}")
+    if method in ("split", "distill", "upcycle"):
+        print(f"what it keeps of the dense model: moesaic eval {to} --against {teacher or model}")
 
 
 def _fields(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,9 +335,18 @@ def _dense(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> t
 
 
 def _split(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> tuple[list[str], Any]:
-    from moesaic.convert import SplitSettings, split
+    from moesaic.convert import SplitSettings, split, split_and_distill
 
-    made = split(model, out, SplitSettings(**fields), say=_say, shard_bytes=shard_bytes)
+    own = {name: value for name, value in fields.items() if name not in _TEACHING}
+    if len(own) == len(fields):
+        made = split(model, out, SplitSettings(**own), say=_say, shard_bytes=shard_bytes)
+        return _told_split(made), made
+    teaching = _teaching({name: value for name, value in fields.items() if name in {*_TEACHING, *_SHARED}})
+    taught = split_and_distill(model, out, SplitSettings(**own), teaching, say=_say, shard_bytes=shard_bytes)
+    return [*(_told_split(taught.split) if taught.split else []), _told_distilled(taught.distilled)], taught
+
+
+def _told_split(made: Split) -> list[str]:
     plan = made.plan
     shared = f" and {plan.shared} shared neurons" if plan.shared else ""
     lines = [
@@ -298,7 +356,33 @@ def _split(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> t
     if made.explained:
         best = f" ({_mean(made.explained_best):.1%} with the best experts)"
         lines.append(f"of the feed-forwards' output the routers keep {_mean(made.explained):.1%}{best}")
-    return lines, made
+    return lines
+
+
+def _distill(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> tuple[list[str], Any]:
+    from moesaic.convert import distill
+
+    if "teacher" not in fields:
+        raise UsageError("--method distill learns from a dense model: give it as --teacher")
+    own = {name: value for name, value in fields.items() if name != "teacher"}
+    made = distill(model, fields["teacher"], out, _teaching(own), say=_say, shard_bytes=shard_bytes)
+    return [_told_distilled(made)], made
+
+
+def _teaching(fields: dict[str, Any]) -> DistillSettings:
+    from moesaic.convert import DistillSettings
+
+    if ("minutes" in fields) == ("train_tokens" in fields):
+        raise UsageError("training needs a budget: give one of --minutes and --train-tokens")
+    return DistillSettings(**{"tokens" if name == "train_tokens" else name: value for name, value in fields.items()})
+
+
+def _told_distilled(made: Distilled) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in made.shares.items())
+    return (
+        f"learned from the dense model for {made.seconds / 60:.1f} min: {made.steps} steps, {made.tokens:,} tokens "
+        f"({shares} at the end); loss {made.first:.3f} at first, {made.last:.3f} at last"
+    )
 
 
 def _upcycle(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> tuple[list[str], Any]:
@@ -326,7 +410,7 @@ def _merge(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> t
 
 
 def _prune(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> tuple[list[str], Any]:
-    from moesaic.convert.pruning import PruneSettings, prune
+    from moesaic.convert import PruneSettings, prune
 
     settings = PruneSettings(**fields)
     made = prune(model, out, settings, say=_say, shard_bytes=shard_bytes)
@@ -337,7 +421,7 @@ def _prune(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> t
     ], made
 
 
-_RUN = {"dense": _dense, "split": _split, "upcycle": _upcycle, "merge": _merge, "prune": _prune}
+_RUN = {"dense": _dense, "split": _split, "distill": _distill, "upcycle": _upcycle, "merge": _merge, "prune": _prune}
 
 
 def _mean(values: Sequence[float]) -> float:

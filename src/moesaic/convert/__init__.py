@@ -7,10 +7,12 @@ The whole model is never in memory: tensors are read one at a time and written a
 from __future__ import annotations
 
 from moesaic.convert.dense import DenseModel, check_dense
+from moesaic.convert.distilling import Distilled, DistillSettings, distill
 from moesaic.convert.merging import MERGES, Merged, MergeSettings, merge
 from moesaic.convert.pruning import Pruned, PruneSettings, prune
 from moesaic.convert.source import TensorSource, open_source
 from moesaic.convert.splitting import Split, SplitSettings, split
+from moesaic.convert.taught import Taught, split_and_distill
 from moesaic.convert.unpacking import unpack
 from moesaic.convert.upcycling import Upcycled, UpcycleSettings, upcycle
 from moesaic.convert.writing import Output, Written, write_model
@@ -18,6 +20,8 @@ from moesaic.convert.writing import Output, Written, write_model
 __all__ = [
     "MERGES",
     "DenseModel",
+    "DistillSettings",
+    "Distilled",
     "MergeSettings",
     "Merged",
     "Output",
@@ -25,15 +29,18 @@ __all__ = [
     "Pruned",
     "Split",
     "SplitSettings",
+    "Taught",
     "TensorSource",
     "UpcycleSettings",
     "Upcycled",
     "Written",
     "check_dense",
+    "distill",
     "merge",
     "open_source",
     "prune",
     "split",
+    "split_and_distill",
     "unpack",
     "upcycle",
     "write_model",
