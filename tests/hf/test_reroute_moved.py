@@ -13,6 +13,8 @@ from tests.hf.test_reroute import build, logits, ours
 from tests.parallel import harness
 from tests.parity.test_models import tokens
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import moesaic
 from moesaic.errors import ConfigError, UnsupportedError
@@ -87,8 +89,14 @@ def test_vectors_follow_a_model_that_is_moved(make: Callable[[], Any]) -> None:
         assert not rewirer.vectors[name].is_inference()
 
 
-def refused_over_ranks(kind: str) -> list[str]:
-    model = moesaic.parallelize(parallel_models.build(kind, 4).eval())
+def refused_over_ranks(kind: str, wrapper: str) -> list[str]:
+    model: Any = parallel_models.build(kind, 4).eval()
+    if wrapper == "FSDP1":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    elif wrapper == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    else:
+        moesaic.parallelize(model)
     said = []
     for act in (
         lambda: moesaic.reroute(model, "sigmoid_topk"),
@@ -102,11 +110,12 @@ def refused_over_ranks(kind: str) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("kind", ["moesaic", "qwen3_moe"])
-def test_what_is_spread_over_ranks_is_refused(kind: str) -> None:
-    for said in harness.pool(2).run(refused_over_ranks, kind):
+@pytest.mark.parametrize("wrapper", ["parallelize", "FSDP1", "FSDP2"])
+@pytest.mark.parametrize(("kind", "ranks"), [("moesaic", 2), ("qwen3_moe", 2), ("moesaic", 1)])
+def test_what_is_wrapped_for_ranks_is_refused(kind: str, ranks: int, wrapper: str) -> None:
+    for said in harness.pool(ranks).run(refused_over_ranks, kind, wrapper):
         what = ["rerouted", "rerouted", "rewired"]
-        assert said == [f"a model that is sharded over ranks cannot be {each}" for each in what]
+        assert said == [f"a model that is wrapped by moesaic.parallelize or FSDP cannot be {each}" for each in what]
 
 
 def spread_while_rerouted(kind: str, router: str | None) -> tuple[str, bool]:
@@ -124,10 +133,13 @@ def spread_while_rerouted(kind: str, router: str | None) -> tuple[str, bool]:
     return "", torch.allclose(model(batch).logits, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "router"), [("moesaic", "sigmoid_topk"), ("moesaic", None), ("qwen3_moe", None)])
+@pytest.mark.parametrize(
+    ("kind", "router"),
+    [("moesaic", "sigmoid_topk"), ("moesaic", None), ("qwen3_moe", "sigmoid_topk"), ("qwen3_moe", None)],
+)
 def test_what_is_spread_while_rerouted(kind: str, router: str | None) -> None:
     for said, back in harness.pool(2).run(spread_while_rerouted, kind, router):
-        assert back == (router is None)
+        assert back == (router is None or kind != "moesaic")
         assert ("call remove() of what reroute() returned before moesaic.parallelize" in said) == (not back)
 
 

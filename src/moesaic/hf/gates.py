@@ -22,6 +22,7 @@ from moesaic.experts import ExpertBank
 from moesaic.hf.quantized import expert_modules
 
 _NAMES = ("gate", "router")
+_WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")
 _PROBES = 32
 _AGREE = 1e-4
 """Largest relative error, in float32, at which the gate's weights are those of a rule."""
@@ -177,16 +178,17 @@ _SUPPORTED = (
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
-    """Refuse a model that is sharded over ranks, by :func:`moesaic.parallelize` or FSDP2: its gates are taken apart.
+    """Refuse a model that is wrapped by :func:`moesaic.parallelize` or FSDP (of either kind), be it for one rank: its
+    gates are taken apart.
 
     Raises:
-        UnsupportedError: a model that is sharded cannot be ``what``.
+        UnsupportedError: a model that is wrapped so cannot be ``what``.
     """
     for module in model.modules():
-        # By its name: importing FSDP2 for this would take longer than all else that is done here.
-        by_fsdp = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+        # By its name: importing FSDP for this would take longer than all else that is done here.
+        by_fsdp = any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
         if by_fsdp or module.__dict__.get("parallel") is not None:
-            raise UnsupportedError(f"a model that is sharded over ranks cannot be {what}")
+            raise UnsupportedError(f"a model that is wrapped by moesaic.parallelize or FSDP cannot be {what}")
 
 
 def refusal(gate: Gate, reason: str) -> UnsupportedError:
