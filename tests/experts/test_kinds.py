@@ -42,7 +42,7 @@ def routing_of(tokens: int, kinds: Mapping[str, int] = KINDS, top_k: int = 3, se
 
 
 def slow(x: Tensor, weights: Tensor, ids: list[list[int]], experts: ZeroComputationExperts) -> Tensor:
-    """MoE++, equations 3 to 5, token by token."""
+    """MoE++, its zero, copy and constant experts, token by token."""
     outputs = []
     for token, row, own in zip(x, ids, weights, strict=True):
         y = 0 * token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,6 +299,17 @@ def test_compiled() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens()).logits, model(tokens()).logits, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_only_the_number_of_experts(model: nn.Module) -> None:
+    before = logits(model)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with moesaic.reroute(model, top_k=3) as handle:
+        assert math.isnan(handle.experts_per_token())
+        assert not torch.equal(logits(model), before)
+        assert handle.experts_per_token() == 3
+    assert torch.equal(logits(model), before)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 class _Dense(nn.Module):

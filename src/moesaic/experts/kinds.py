@@ -46,7 +46,7 @@ class ExpertKind(nn.Module, ABC):
 
 @EXPERT_KINDS.register("zero")
 class ZeroExpert(ExpertKind):
-    """Discards the token: 0 (MoE++, section 3.1, equation 3); AdaMoE's null expert is the same."""
+    """Discards the token: 0 (MoE++, its zero experts); AdaMoE's null expert is the same."""
 
     is_null = True
 
@@ -56,7 +56,7 @@ class ZeroExpert(ExpertKind):
 
 @EXPERT_KINDS.register("copy")
 class CopyExpert(ExpertKind):
-    """Skips the layer: x (MoE++, section 3.1, equation 4)."""
+    """Skips the layer: x (MoE++, its copy experts)."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return x_ND
@@ -64,7 +64,7 @@ class CopyExpert(ExpertKind):
 
 @EXPERT_KINDS.register("constant")
 class ConstantExpert(ExpertKind):
-    """Replaces the token: a₁·x + a₂·v with [a₁, a₂] = softmax(W_c·x) (MoE++, section 3.1, equation 5).
+    """Replaces the token: a₁·x + a₂·v with [a₁, a₂] = softmax(W_c·x) (MoE++, its constant experts).
 
     Parameters: ``vector`` (v, ``[D]``) and ``weight`` (W_c, ``[2, D]``). Both are drawn as the model's other weights
     are; the published code draws v from a standard normal distribution.
@@ -86,7 +86,7 @@ class ConstantExpert(ExpertKind):
 
 
 class ZeroComputationExperts(nn.Module):
-    """The Z experts of a layer beside its feed-forward ones, on every rank whole (MoE++, section 3.1).
+    """The Z experts of a layer beside its feed-forward ones, on every rank whole (MoE++, its zero-computation experts).
 
     They take a router's columns from E on, as :func:`columns_of` says.
 

@@ -78,8 +78,8 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
     selection bias. A gate of transformers is asked with a few random tokens for its rule.
 
     A model of ours saves and loads with the new router, as its configuration names it; one of transformers is saved as
-    it was, and has to be rerouted again after loading. Gates are copied with their model, the way back is not. Either
-    may be moved to another device meanwhile.
+    it was, and has to be rerouted again after loading. Gates are copied with their model, the way back is not.
+    Either may be moved meanwhile.
 
     Args:
         model: a :class:`moesaic.MoE` or a module with some; or a model of transformers with experts of its experts
@@ -89,7 +89,7 @@ def reroute(model: nn.Module, router: str | None = None, *, top_k: int | None = 
         options: that router's own.
 
     Raises:
-        ConfigError: for an unknown router or option, or a model that is rerouted already.
+        ConfigError: for an unknown router or option, or a model that is rerouted.
         UnsupportedError: for a model without MoE layers or spread over ranks, a gate of another form, a router that
             needs more than its logits, decides nothing or depends on later tokens, and a balancer that fails.
     """

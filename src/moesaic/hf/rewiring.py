@@ -1,13 +1,14 @@
 """Rerouting at test time: vectors that are added to the routers' logits, optimized on the text at hand.
 
-Followed is Rewiring Experts on the Fly: Continuous Rerouting for Better Online Adaptation in Mixture-of-Expert Models
-(sections 3.2 to 3.4). A context, the prompt and what has been generated so far, is its own training example: a few
-gradient steps on its next-token loss move one vector δ ``[E]`` a layer, z̃ = z + δ, and nothing else. Then the model
-generates as usual, until the next optimization. Only the layers whose routers are most confident are moved.
+Followed is Rewiring Experts on the Fly: Continuous Rerouting for Better Online Adaptation in Mixture-of-Expert Models,
+which was read through its published abstract and reviews of it; its full text was not to be had. A context, the prompt
+and what has been generated so far, is its own training example: a few gradient steps on its next-token loss move one
+vector δ ``[E]`` a layer, z̃ = z + δ, and nothing else. Then the model generates as usual, until the next optimization.
+Only selected layers are moved, those whose routers are most confident.
 
-We take Adam, without decay, new for each optimization, while δ goes on from the one before; what the paper's optimizer
-is we have not found said. After an optimization the keys and values of the whole context are computed anew, as the
-routes that made them are others now.
+The share of the layers that move (``layers``, 0.5 by default) is ours. So is Adam, without decay, new for each
+optimization, while δ goes on from the one before. After an optimization the keys and values of the whole context are
+computed anew, as the routes that made them are others now.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _PRODUCTS = {F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.
 @dataclass(frozen=True)
 class Rewiring:
     """How :class:`Rewirer` and :func:`moesaic.hf.generation.generate` reroute; the defaults of ``steps``,
-    ``learning_rate`` and ``interval`` are the paper's. A :class:`Rewirer` reads all but ``interval``.
+    ``learning_rate`` and ``interval`` are the paper's, as reviews report them. A :class:`Rewirer` reads all but
+    ``interval``.
 
     Args:
         steps: gradient steps of each optimization.
@@ -182,9 +184,9 @@ def next_token_loss(model: nn.Module, ids_1S: Tensor) -> Tensor:
 def most_confident(shifts: Sequence[_Shift], share: float) -> list[_Shift]:
     """The ``share`` of the layers with the highest confidence in the forward that was recorded, in their order.
 
-    A layer's confidence is C = −1/K Σ_j log p_j over the experts that a token takes (the paper's equation 2), averaged
-    over the tokens, p being the softmax of the logits. It is high where one expert takes nearly all and the others of
-    the K have little; with K = 1 that turns round.
+    A layer's confidence is C = −1/K Σ_j log p_j over the experts that a token takes (the paper's, as reviews
+    give it), averaged over the tokens, p being the softmax of the logits. It is high where one expert takes nearly all
+    and the others of the K have little; with K = 1 that turns round.
     """
     count = max(1, math.ceil(share * len(shifts) - 1e-9))
     order = sorted(range(len(shifts)), key=lambda index: -shifts[index].confidence)

@@ -30,7 +30,8 @@ def ffn_factor(factor: float, num_ffn: int, num_zero_computation: int, tau: floa
     """What to give ``expert_capacity(T, K, num_ffn, ...)`` for a feed-forward expert that has others beside it.
 
     Its capacity is |factor| · T · K · τ / (τ·E + Z) rows, a zero-computation expert's 1 / τ times as many (MoE++,
-    section 3.3, equation 8, which has no K: there a factor of 1 is room for one choice of every token, here for all).
+    its heterogeneous expert capacity, which has no K: there a factor of 1 is room for one choice of every token, here
+    for all).
     """
     if not num_zero_computation:
         return factor

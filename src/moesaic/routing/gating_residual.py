@@ -16,7 +16,8 @@ from moesaic.routing.routing import Routing
 
 @ROUTERS.register("gating_residual")
 class GatingResidual(Router):
-    """The pathway-aware router (MoE++, section 3.2, equation 6): G_l(x) = W·x + W_g·G_{l-1}, G_0 being nothing.
+    """The pathway-aware router (MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts, its
+    gating residuals): G_l(x) = W·x + W_g·G_{l-1}, G_0 being nothing.
 
     Softmax over all columns, then the K most probable. Parameters: ``weight`` (W, ``[E, D]``) and ``residual`` (W_g,
     ``[E, E]``; without effect in the first MoE layer, which has nothing before it), E being all columns.
@@ -64,8 +65,8 @@ class GatingResidual(Router):
 
 @BALANCERS.register("heterogeneous_load_balancing")
 class HeterogeneousLoadBalancing(Balancer):
-    """E · Σ_e η_e · f_e · P_e, η being 1 for feed-forward and τ for zero-computation experts (MoE++, section 3.3,
-    equation 7).
+    """E · Σ_e η_e · f_e · P_e, η being 1 for feed-forward and τ for zero-computation experts (MoE++, its
+    heterogeneous load balance loss).
 
     Below 1, τ lets more tokens go to the experts that cost nothing. With τ = 1 this is ``load_balancing``. f is a share
     of the slots and E, the number of all columns, goes before the sum, so that an even load gives 1 (τ = 1); the

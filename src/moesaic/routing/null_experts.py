@@ -14,7 +14,8 @@ from moesaic.routing.routing import Routing
 
 @ROUTERS.register("null_experts")
 class NullExperts(Router):
-    """Top-k routing over true and null experts, weighted over the true ones only (AdaMoE, section 3).
+    """Top-k routing over true and null experts, weighted over the true ones only (AdaMoE: Token-Adaptive
+    Routing with Null Experts for Mixture-of-Experts Language Models, its null experts).
 
     A softmax over all E + M columns, of which the last M are null experts; the K most probable are taken, K being
     raised so that the true experts among them are on average as many as before. A token's weights are the
@@ -40,7 +41,7 @@ class NullExperts(Router):
 
 @BALANCERS.register("null_load_balancing")
 class NullLoadBalancing(LoadBalancing):
-    """The load-balancing loss with the load of the null experts averaged (AdaMoE, section 3).
+    """The load-balancing loss with the load of the null experts averaged (AdaMoE, its load-balancing loss).
 
     (E + M) · Σ_e f̃_e · P_e, where f̃_e is f_e for a true expert, and for a null expert the mean of all null experts' f:
     which of them a token takes does not matter, so only their use altogether is balanced. Where the load is even,
