@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.convert.models import dense_folder, dense_model, save
 
-from moesaic.cli.convert import METHODS
 from moesaic.cli.main import run
+from moesaic.cli.methods import METHODS
 from moesaic.hf.load import load_model
 
 Captured = pytest.CaptureFixture[str]
