@@ -93,7 +93,8 @@ def test_agrees_with_serving_one_slot_after_the_other(case: tuple[list[list[int]
 
 
 class TestHeterogeneous:
-    """MoE++, its heterogeneous expert capacity: γ·τ·T / (τ·N_FFN + N_ZC) rows for a feed-forward expert, γ·T / (...) for another."""
+    """MoE++, its heterogeneous expert capacity: γ·τ·T / (τ·N_FFN + N_ZC) rows for a feed-forward expert, γ·T / (...)
+    for another."""
 
     @pytest.mark.parametrize("factor", [1.0, 0.7, -1.1])
     @pytest.mark.parametrize("tau", [0.1, 0.5, 0.75, 1.0, 2.0])
