@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,28 @@ def test_every_registered_router_is_tested_here_or_in_its_own_file() -> None:
     own = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     assert set(moesaic.routing.available()) == set(ROUTERS.names())
     assert set(ROUTERS.names()) - {name for name, _ in ALL} - own == set()
+
+
+OURS = {name: kind for name in ROUTERS.names() if (kind := ROUTERS.get(name)).__module__.startswith("moesaic.")}
+
+
+def test_one_router_a_file_of_at_most_150_lines() -> None:
+    files = {name: Path(str(inspect.getsourcefile(kind))) for name, kind in OURS.items()}
+    assert len(set(files.values())) == len(files)
+    assert {name: lines for name in files if (lines := len(files[name].read_text().splitlines())) > 150} == {}
+
+
+def test_nobody_asks_which_router_it_is() -> None:
+    """No comparison with a router's name, none with its class outside of its own file. (A balancer's ``check`` may say
+    whose loss it is.)"""
+    names = "|".join(OURS)
+    by_name = re.compile(rf"router\W*(==|!=|\bin\b)\W+({names})[\"']|[\"']({names})[\"'] *(==|!=) *\w*router")
+    for path in Path(moesaic.__file__).parent.rglob("*.py"):
+        own = [name for name, kind in OURS.items() if kind.__module__.endswith(f".{path.stem}")]
+        others = [kind.__name__ for name, kind in OURS.items() if name not in own]
+        by_kind = re.compile(rf"isinstance\([^()]*\b({'|'.join(others)})\b")
+        text = path.read_text()
+        assert not by_name.search(text) and not by_kind.search(text), path
 
 
 @pytest.mark.parametrize(("name", "options"), ALL, ids=str)
