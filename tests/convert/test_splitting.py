@@ -194,6 +194,7 @@ def test_goes_on_where_it_stopped(
     path, cut = dense_folder(tmp_path / "dense", num_hidden_layers=4), module._cut
     whole = split(path, tmp_path / "whole", settings(data, **way))
     done: list[int] = []
+    said: list[str] = []
 
     def interrupted(layer: Any, *rest: Any) -> dict[str, Tensor]:
         if len(done) == 2 or (len(done) == 3 and layer.layer == 3):
@@ -211,7 +212,8 @@ def test_goes_on_where_it_stopped(
         split(path, out, settings(data, active=0.25, **way))
     monkeypatch.setattr(module, "write_model", stop)
     with pytest.raises(KeyboardInterrupt):
-        split(path, out, settings(data, **way))
+        split(path, out, settings(data, **way), say=said.append)
+    assert next(line for line in said if "activations" in line).startswith("layer 3 of 4")
     assert done == [0, 1, -1, 2, 3] and partial_path(out).exists()
     monkeypatch.undo()
     monkeypatch.setattr(module, "_cut", stop)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
 from moesaic.convert.dense import DenseModel
 from moesaic.convert.source import EMBEDDING, TensorSource, load_tokenizer
+from moesaic.convert.writing import save_atomically
 from moesaic.data import split_corpus
 from moesaic.errors import DataError
 from moesaic.experts.activations import ACTIVATIONS
@@ -109,20 +112,26 @@ class FeedForward:
 
 @torch.no_grad()
 def feed_forwards(
-    model: DenseModel, text: CalibrationText, say: Callable[[str], None] | None = None
+    model: DenseModel, text: CalibrationText, say: Callable[[str], None] | None = None, keep: Path | None = None
 ) -> Iterator[FeedForward]:
     """The feed-forward of each layer in turn, with what enters it; valid until the next one is asked for.
 
     transformers' own decoder layer computes, in the precision of the weights, with one layer's weights in memory and
     the hidden states of all tokens. Passages are padded at their end to one length, which no token before it sees.
+
+    Args:
+        keep: a file for the hidden states, which takes their place after each layer; where it is there already, the
+            first layer is the one after the last that was done with.
     """
     length = max(len(passage) for passage in text.passages)
     is_token = torch.stack([torch.arange(length) < len(passage) for passage in text.passages])
-    hidden_BSD = _embed(model, text, length)
+    kept = load_file(keep) if keep is not None and keep.is_file() else None
+    hidden_BSD, first = (_embed(model, text), 0) if kept is None else (kept["hidden"].clone(), int(kept["layers"]))
+    del kept
     one = _OneLayer(model)
     at_once = max(1, _TOKENS_AT_ONCE // length)
     try:
-        for layer in range(model.num_layers):
+        for layer in range(first, model.num_layers):
             if say is not None:
                 say(f"layer {layer + 1} of {model.num_layers}: reading its activations")
             weights = one.load(layer)
@@ -136,8 +145,15 @@ def feed_forwards(
             del weights, inputs, before_TD, x_BSD
             yield found
             found.release()
+            if keep is not None:
+                save_atomically({"hidden": hidden_BSD, "layers": torch.tensor(layer + 1)}, keep)
     finally:
         one.release()
+
+
+def token_embeddings(model: DenseModel, text: CalibrationText) -> Tensor:
+    """``[T, D]``: what enters the first layer."""
+    return torch.cat([row[: len(passage)] for row, passage in zip(_embed(model, text), text.passages, strict=True)])
 
 
 def embedding_rows(source: TensorSource, ids: Tensor) -> Tensor:
@@ -150,7 +166,8 @@ def embedding_rows(source: TensorSource, ids: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _embed(model: DenseModel, text: CalibrationText, length: int) -> Tensor:
+def _embed(model: DenseModel, text: CalibrationText) -> Tensor:
+    length = max(len(passage) for passage in text.passages)
     ids_BS = torch.stack([F.pad(passage, (0, length - len(passage))) for passage in text.passages])
     known, places = ids_BS.unique(return_inverse=True)
     return embedding_rows(model.source, known)[places]

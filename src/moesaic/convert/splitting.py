@@ -5,7 +5,7 @@ T tokens · D model width · F hidden neurons · E experts · K slots per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moesaic.convert.activations import CalibrationText, FeedForward, feed_forwards, read_text
+from moesaic.convert.activations import CalibrationText, FeedForward, feed_forwards, read_text, token_embeddings
 from moesaic.convert.criteria import CRITERIA, always_active, observe
 from moesaic.convert.cutting import Plan, outputs_of
 from moesaic.convert.dense import DenseModel, check_dense
@@ -235,30 +235,28 @@ def _calibrate(
 ) -> None:
     """Leave in ``work`` a file for each layer, and with one router for all of them its file."""
     stacked = settings.pre_gating == "stack"
-    missing = {layer for layer in range(dense.num_layers) if not _layer_file(work, layer).is_file()}
-    if stacked and not _gate_file(work).is_file():
-        missing.add(0)  # whose inputs the router reads
-    if not missing:
-        return
-    common_TE: Tensor | None = None
-    read_TD: Tensor | None = None
-    for layer in feed_forwards(dense, text, say):
-        path = _layer_file(work, layer.layer)
-        if layer.layer == 0 and stacked:
-            read_TD = layer.before.clone()
-        if not path.is_file():
-            if say is not None:
-                say(f"layer {layer.layer + 1} of {dense.num_layers}: putting neurons into experts")
-            save_atomically(_cut(layer, plan, text, settings, read_TD, common_TE), path)
-        if stacked:
-            target_TE = load_file(path)["target"]
-            common_TE = target_TE if common_TE is None else common_TE + target_TE
-        missing.discard(layer.layer)
-        if not missing and not stacked:
-            break
-    if common_TE is not None and read_TD is not None:
+    files = [_layer_file(work, layer) for layer in range(dense.num_layers)]
+    read_TD = token_embeddings(dense, text) if stacked else None
+    if not all(file.is_file() for file in files):
+        for layer in feed_forwards(dense, text, say, work / "hidden.safetensors"):
+            if not files[layer.layer].is_file():
+                if say is not None:
+                    say(f"layer {layer.layer + 1} of {dense.num_layers}: putting neurons into experts")
+                common_TE = _wanted(files[: layer.layer]) if stacked else None
+                save_atomically(_cut(layer, plan, text, settings, read_TD, common_TE), files[layer.layer])
+    common_TE = _wanted(files) if stacked else None
+    if read_TD is not None and common_TE is not None:
         gate = GateFit(read_TD).gate(common_TE, plan.top_k)
         save_atomically({"weight": gate.weight, "bias": gate.bias}, _gate_file(work))
+
+
+def _wanted(files: Sequence[Path]) -> Tensor | None:
+    """``[T, E]``: how much the experts of these layers contribute, together; None for no layers."""
+    wanted_TE = None
+    for file in files:
+        target_TE = load_file(file)["target"]
+        wanted_TE = target_TE if wanted_TE is None else wanted_TE + target_TE
+    return wanted_TE
 
 
 def _cut(
