@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests import reference
+from torch import nn
 
 from moesaic import MoE, MoEConfig
 from moesaic.errors import ConfigError
+from moesaic.hf import causality
 from moesaic.routing import Routing, expert_capacity, limit_capacity
 from moesaic.routing.capacity import ffn_factor
 
@@ -136,19 +139,21 @@ def test_a_factor_that_is_no_number(factor: float) -> None:
         limit_capacity(routing_of([[0]], 1), factor)
 
 
-def test_text_is_written_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later tokens push out earlier ones' second choices, but a token that is written alone keeps both of its own."""
-    before = routing_of([[0, 1], [0, 1]], 2)
-    after = routing_of([[0, 1], [0, 1], [1, 0], [1, 0]], 2)
-    assert limit_capacity(before, -1.0).expert_ids.tolist() == [[0, 1], [0, 1]]
-    assert limit_capacity(after, -0.5).expert_ids[:2].tolist() == [[0, 2], [0, 2]]
+def test_later_tokens_push_out_second_choices_of_earlier_ones() -> None:
+    """With one factor throughout: the longer text gives each expert more room, and token 0 less."""
+    rows, factor = [[0, 1], [2, 3], [1, 0], [1, 0]], -1.0
+    assert [expert_capacity(tokens, 2, 4, factor) for tokens in (1, 2, 4)] == [1, 1, 2]
+    assert limit_capacity(routing_of(rows[:1], 4), factor).expert_ids.tolist() == [[0, 1]]
+    assert limit_capacity(routing_of(rows[:2], 4), factor).expert_ids.tolist() == [[0, 1], [2, 3]]
+    assert limit_capacity(routing_of(rows, 4), factor).expert_ids[:2].tolist() == [[0, 4], [2, 3]]
 
-    from moesaic.hf import causality
 
-    monkeypatch.setattr(causality, "_warned_of_capacity", False)
-    free, limited = (MoE(MoEConfig(4, 4, 2, capacity_factor=factor)) for factor in (0.0, -1.0))
+def test_text_is_written_with_a_warning_once_a_model() -> None:
+    free, limited, other = (MoE(MoEConfig(4, 4, 2, capacity_factor=factor)) for factor in (0.0, -1.0, -1.0))
     assert causality.later_slots_seen([free]) == ""
-    causality.refuse_generation(free)
-    with pytest.warns(causality.NotCausalWarning, match=r"capacity_factor -1\.0 is not causal"):
-        causality.refuse_generation(limited)
-    causality.refuse_generation(limited)  # once
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model in (free, limited, limited, nn.Sequential(limited), other):
+            causality.refuse_generation(model)
+    assert [each.category for each in caught] == [causality.NotCausalWarning] * 2
+    assert all("capacity_factor -1.0 is not causal" in str(each.message) for each in caught)

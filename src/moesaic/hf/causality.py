@@ -17,7 +17,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class NotCausalWarning(UserWarning):
-    """A language model is trained with a router that looks at later tokens, or writes with a limited capacity."""
+    """A language model is trained with a router that looks at later tokens, or writes with a limited capacity.
+
+    Said once a model; ``warnings.simplefilter("ignore", moesaic.hf.causality.NotCausalWarning)`` silences it.
+    """
 
 
 def later_tokens_seen(layers: Iterable[MoE]) -> str:
@@ -45,17 +48,17 @@ def later_slots_seen(layers: Iterable[MoE]) -> str:
 
 def refuse_generation(model: nn.Module) -> None:
     """Refuse to write text where a router would need the tokens to come; a limited capacity is only warned of, once a
-    process (:class:`NotCausalWarning`): a token that is written alone has room for all of its experts.
+    model (:class:`NotCausalWarning`): a token that is written alone has room for all of its experts.
 
     Raises:
         UnsupportedError: which names the router.
     """
-    global _warned_of_capacity
     layers = moe_layers(model)
     if reason := later_tokens_seen(layers):
         raise UnsupportedError(f"text cannot be generated: {reason}")
-    if not _warned_of_capacity and (reason := later_slots_seen(layers)):
-        _warned_of_capacity = True
+    # The layer stands for the model, which somebody may have wrapped.
+    if layers and layers[0] not in _WARNED_OF_CAPACITY and (reason := later_slots_seen(layers)):
+        _WARNED_OF_CAPACITY.add(layers[0])
         warnings.warn(f"{reason}. Text is written with other experts than it is read with.", NotCausalWarning, 3)
 
 
@@ -90,4 +93,4 @@ def has_been_told(model: nn.Module) -> None:
 
 
 _TOLD: WeakSet[nn.Module] = WeakSet()
-_warned_of_capacity = False
+_WARNED_OF_CAPACITY: WeakSet[MoE] = WeakSet()
