@@ -24,7 +24,7 @@ REAL := runs/smollm2
 demo-real: setup
 	rm -rf $(REAL)
 	dense=$$($(RUN) scripts/smollm2.py) && \
-	    $(RUN) -m moesaic convert "$$dense" --to $(REAL) --method split --active 0.5 --minutes $(MINUTES) && \
+	    $(RUN) -m moesaic convert "$$dense" --to $(REAL) --method split --tokens 8192 --minutes $(MINUTES) && \
 	    $(RUN) -m moesaic eval $(REAL) --data stdlib --max-tokens 8192 --batch-size 2 --against "$$dense" && \
 	    $(RUN) -m moesaic generate $(REAL) --chat --prompt "What is the capital of France?" --temperature 0
 
