@@ -247,6 +247,12 @@ struct Backward {
     for (int64_t b = 0; b * 2 * W < width; ++b) {
       const Block block = plain_block(b, width);
       panel_lanes<Kind>(packed, BLOCK_ROWS, int(height), right, block, num_rows, workspace);
+      const float* sums = workspace.sums;
+      if (is_whole(block)) {
+        for (int64_t r = 0; r < height; ++r, sums += 2 * W)
+          store_pair(Format(), out + r * width + block.first[0], read<F>(sums), read<F>(sums + W));
+        continue;
+      }
       for (int64_t r = 0; r < height; ++r)
         for (int v = 0; v < 2; ++v)
           store_up_to(Format(), out + r * width + block.first[v], read<F>(workspace.sums + (2 * r + v) * W),

@@ -13,6 +13,7 @@ from torch import Tensor
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.experts.native import library
 from moesaic.experts.native.library import FLOATS, Gradients, Layer, Matrix
+from moesaic.experts.native.memory import filled_by_huge_pages
 from moesaic.experts.row_invariance import is_row_invariant
 
 _FORMATS = {**FLOATS, torch.int8: library.INT8, torch.uint8: library.INT4}
@@ -82,12 +83,12 @@ def forward(arguments: Arguments, keep: bool) -> tuple[Tensor, Tensor | None]:
     """``[T, D]``, and with ``keep`` what goes into the activation, ``[N, G]`` (nothing is written to padding rows)."""
     arguments = _readable(arguments)
     x_TD = arguments.x_TD
-    layer, out_TD = _layer(arguments), x_TD.new_empty(x_TD.shape)
+    layer, out_TD = _layer(arguments), filled_by_huge_pages(x_TD.new_empty(x_TD.shape))
     layer.row_invariant = is_row_invariant()
     layer.out = out_TD.data_ptr()
     pre_NG = None
     if keep:
-        pre_NG = x_TD.new_empty(arguments.permutation.shape[0], arguments.gate_up_width)
+        pre_NG = filled_by_huge_pages(x_TD.new_empty(arguments.permutation.shape[0], arguments.gate_up_width))
         layer.pre = pre_NG.data_ptr()
     library.forward(layer)
     return out_TD, pre_NG
@@ -100,7 +101,7 @@ def backward(grad_TD: Tensor, pre_NG: Tensor, arguments: Arguments, wanted: list
     """
     arguments = _readable(arguments)
     grad_TD, pre_NG = grad_TD.contiguous(), pre_NG.contiguous()
-    made = empty_gradients(arguments, wanted)
+    made = [each if each is None else filled_by_huge_pages(each) for each in empty_gradients(arguments, wanted)]
     layer = _layer(arguments)
     layer.pre = pre_NG.data_ptr()
     library.backward(

@@ -51,6 +51,27 @@ INLINE void pack_inputs(const RowOf& row_of, int64_t count, int64_t begin, int64
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same for the two vectors of a whole block of neighbours at once.
+template <class RowOf>
+INLINE void pack_pairs(const RowOf& row_of, int64_t begin, int64_t end, uint32_t (*panel)[STEPS * W]) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  int64_t at = 0;
+  for (int64_t k = begin; k < end; k += 2, at += W) {
+    const __m512i even = _mm512_loadu_si512(row_of(k));
+    const __m512i odd = k + 1 < end ? _mm512_loadu_si512(row_of(k + 1)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(panel[0] + at, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_storeu_si512(panel[1] + at, _mm512_permutex2var_epi16(even, high, odd));
+  }
+}
+#endif
+
+INLINE bool is_whole(const Block& block) {
+  return block.first[1] == block.first[0] + W && block.count[0] >= W && block.count[1] >= W;
+}
+
 template <class Kind>
 void pack_panel(const Matrix& matrix, int64_t first, int count, int64_t begin, int64_t end, uint32_t* panel) {
   if (count <= 0) {
@@ -187,6 +208,14 @@ __attribute__((noinline)) void panel_rows(const Matrix& matrix, const Block& blo
       [&](int64_t step, int64_t count) {
         const int64_t begin = step * Kind::pack,
                       end = begin + count * Kind::pack < inputs ? begin + count * Kind::pack : inputs;
+#if defined(__AVX512BF16__)
+        if constexpr (Kind::pack == 2) {
+          if (matrix.format == MOESAIC_BF16 && matrix.in_stride != 2 && is_whole(block)) {
+            const char* data = matrix.data + block.first[0] * 2;
+            return pack_pairs([&](int64_t k) { return data + k * matrix.in_stride; }, begin, end, workspace.panel);
+          }
+        }
+#endif
         for (int v = 0; v < 2; ++v)
           pack_panel<Kind>(matrix, block.first[v], block.count[v], begin, end, workspace.panel[v]);
       },
@@ -210,6 +239,12 @@ __attribute__((noinline)) void panel_lanes(const uint32_t* lanes, int64_t stride
       [&](int64_t step, int64_t count) {
         const int64_t begin = step * Kind::pack,
                       end = begin + count * Kind::pack < num_rows ? begin + count * Kind::pack : num_rows;
+#if defined(__AVX512BF16__)
+        if constexpr (Kind::pack == 2) {
+          if (is_whole(block))
+            return pack_pairs([&](int64_t k) { return right[k] + block.first[0]; }, begin, end, workspace.panel);
+        }
+#endif
         for (int v = 0; v < 2; ++v)
           pack_inputs<Kind, typename Kind::Format>(
               [&](int64_t k) { return right[k] + (block.count[v] > 0 ? block.first[v] : 0); }, block.count[v], begin,

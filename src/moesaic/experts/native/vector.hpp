@@ -212,6 +212,17 @@ INLINE void store_up_to(Format format, typename Format::Element* to, F values, i
   }
 }
 
+// 2 W neighbours.
+INLINE void store_pair(F32, float* to, F low, F high) { store(F32(), to, low), store(F32(), to + W, high); }
+INLINE void store_pair(F16, uint16_t* to, F low, F high) { store(F16(), to, low), store(F16(), to + W, high); }
+INLINE void store_pair(BF16, uint16_t* to, F low, F high) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+  store(BF16(), to, low), store(BF16(), to + W, high);
+#endif
+}
+
 // Zeros beyond the first `count` lanes.
 INLINE F first_lanes(F values, int64_t count) {
   if (count >= W) return values;
