@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,15 +77,18 @@ def test_parameters_that_came_meanwhile_stay() -> None:
     assert torch.equal(logits(model), logits(other))
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["positional", "by its name"])
 @pytest.mark.parametrize("make", [ours, build], ids=["ours", "transformers"])
-def test_vectors_follow_a_model_that_is_moved(make: Callable[[], Any]) -> None:
+def test_vectors_follow_a_model_that_is_moved(make: Callable[[], Any], named: bool) -> None:
     model = make()
     name = "model.layers.0.mlp." + ("router" if make is ours else "gate")
     with moesaic.Rewirer(model) as rewirer:
         rewirer.optimize(tokens()[:1])
         gate = model.get_submodule(name).to("meta")
         with torch.inference_mode():
-            gate(torch.empty(3, width(gate), device="meta"))
+            x = torch.empty(3, width(gate), device="meta")
+            first = list(inspect.signature(type(gate).forward).parameters)[1]
+            _ = gate(**{first: x}) if named else gate(x)
         assert rewirer.vectors[name].is_meta
         assert not rewirer.vectors[name].is_inference()
 

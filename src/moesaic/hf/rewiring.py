@@ -103,7 +103,7 @@ class Rewirer:
     Raises:
         ConfigError: where it is entered twice at a time.
         UnsupportedError: for a model without MoE layers, or with gates of another form than
-            :func:`moesaic.reroute` knows; one that is sharded over ranks.
+            :func:`moesaic.reroute` knows; one that is wrapped by :func:`moesaic.parallelize` or FSDP.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Rewiring | None = None) -> None:
@@ -205,10 +205,15 @@ class _Shift:
         """Shift from now on; returns the way back."""
         raise NotImplementedError
 
-    def move(self, device: torch.device) -> None:
-        """To where the model was moved. While it is optimized the vector is a leaf of the graph, and stays one."""
-        with torch.inference_mode(False):
+    def move_to(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """To where the tensors of a call are, for the model may have been moved; whether that was elsewhere."""
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = next((tensor.device for tensor in tensors), self.vector.device)
+        if device == self.vector.device:
+            return False
+        with torch.inference_mode(False):  # while it is optimized the vector is a leaf of the graph, and stays one
             self.vector = self.vector.detach().to(device).requires_grad_(self.vector.requires_grad)
+        return True
 
     def record(self, output: Any) -> None:
         """Take the confidence from what the module has returned."""
@@ -227,7 +232,7 @@ class _RouterShift(_Shift):
 
     def install(self) -> Callable[[], object]:
         before, self.module.logit_shift = self.module.logit_shift, self.vector
-        handle = self.module.register_forward_pre_hook(self._follow)
+        handle = self.module.register_forward_pre_hook(self._follow, with_kwargs=True)
 
         def remove() -> None:
             handle.remove()
@@ -235,9 +240,8 @@ class _RouterShift(_Shift):
 
         return remove
 
-    def _follow(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args and args[0].device != self.vector.device:
-            self.move(args[0].device)
+    def _follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.move_to(args, kwargs):
             self.module.logit_shift = self.vector
 
     def record(self, output: Routing) -> None:
@@ -262,9 +266,7 @@ class _GateShift(_Shift):
         return partial(setattr, self.module, "forward", before)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        device = next((value.device for value in args if isinstance(value, Tensor)), self.vector.device)
-        if device != self.vector.device:
-            self.move(device)
+        self.move_to(args, kwargs)
         # With gradients, as the native linear layers, which no mode sees, leave the work to PyTorch then.
         with torch.enable_grad(), _Adding(self.vector) as mode:
             output = forward(*args, **kwargs)
