@@ -175,7 +175,8 @@ class Lessons:
         heads: list[tuple[Tensor, Tensor | None]] = [(ours_TD, cut_TD.grad)]
         if self._balances:
             balance = torch.stack([layer.aux_loss for layer in moe_layers(self.student)]).sum()
-            heads.append((balance, None))
+            if balance.requires_grad:  # a balancer may act after the step only
+                heads.append((balance, None))
         torch.autograd.backward([head for head, _ in heads], [gradient for _, gradient in heads])
         return total, torch.cat(excess).view(len(ids_BT), -1).mean(dim=1).tolist()
 
