@@ -66,10 +66,18 @@ class PrunedTensors:
         return torch.stack(made).movedim(0, axis).contiguous()
 
     def _row(self, rows: Tensor, group: Sequence[int]) -> Tensor:
+        """The members' mean. A gate's row gets the mean length of its members' rows as well: those that have little in
+        common shorten each other, and the merged expert would hardly be taken."""
         if len(group) == 1:
             return rows[group[0]]
-        mixed = sum(share * rows[expert].double() for expert, share in zip(group, self.shares(group), strict=True))
-        return torch.as_tensor(mixed).to(rows.dtype)
+        own = torch.stack([rows[expert].double() for expert in group])
+        shares = torch.tensor(self.shares(group), dtype=torch.float64)
+        mixed = torch.tensordot(shares, own, dims=1)
+        if mixed.numel() > 1:
+            lengths = own.flatten(1).norm(dim=1)
+            mixed = mixed * ((shares * lengths).sum() / mixed.norm().clamp(min=1e-30))
+        row: Tensor = mixed.to(rows.dtype)
+        return row
 
 
 def pruned_outputs(source: TensorSource, layers: Mapping[int, PrunedTensors]) -> list[Output]:

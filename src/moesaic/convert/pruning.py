@@ -162,8 +162,8 @@ def prune(
     Dropping follows REAP the Experts (section 4) for ``by="reap"``. Merging is that of M-SMoE (Merge, Then Compress,
     section 3.1) or HC-SMoE (section 3.2), but for this: both keep the old router, with several of its rows leading to
     one merged expert, which no model class of transformers has; here a merged expert has one row, the average of its
-    members' rows with the same weights. M-SMoE groups by the likeness of router logits, and counts how often experts
-    are used over all layers; here every layer keeps equally many.
+    members' rows with the same weights, as long as these are in the mean. M-SMoE groups by the likeness of router
+    logits, and counts how often experts are used over all layers; here every layer keeps equally many.
 
     Raises:
         UnsupportedError: for a dense model, and mixtures whose experts or routers cannot be pruned so.

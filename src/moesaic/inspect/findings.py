@@ -238,7 +238,9 @@ def _offloading(report: dict[str, Any]) -> Finding | None:
         return None
     f1 = report["locality"]["segments"]["16"]["performance"]
     fixed = (
-        f" A fixed choice for 16 tokens in a row would meet the router's with an F1 score of {f1:.2f}." if f1 else ""
+        f" A fixed choice for 16 tokens in a row would meet the router's with an F1 score of {f1:.2f} at best."
+        if f1
+        else ""
     )
     return Finding(
         "Experts in a cache",
