@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.convert.models import byte_tokenizer, dense_folder, dense_model, save
 from moesaic.convert import TensorSource, open_source
 from moesaic.convert.meter import metered
 from moesaic.convert.source import load_tokenizer
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, MissingDependencyError
 from moesaic.hf.load import load_model
 
 
@@ -90,6 +91,12 @@ def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
         load_tokenizer(folder)
+
+
+def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingDependencyError, match=r"needs the package gguf: pip install 'moesaic\[gguf\]'"):
+        open_source(tmp_path / "model.gguf")
 
 
 def test_other_formats_are_refused(folder: Path) -> None:
