@@ -175,6 +175,10 @@ def _kept() -> contextlib.AbstractContextManager[object]:
 
     The counts of the batch have grown where other forwards came between; the region, computed again, would put those in
     the place of what its own forward knew. What is kept is small: some ``[T, E]`` of a layer.
+
+    Not so in compiled code, nor with ``use_reentrant=True``, whose first forward has no graph that could keep anything:
+    with several forwards before one backward those take the gradient by the later counts. :func:`counting` makes both
+    exact.
     """
     if torch.compiler.is_compiling():  # compiled code keeps or recomputes what it likes, without running any of this
         return contextlib.nullcontext()
