@@ -148,7 +148,7 @@ class Lessons:
 
     def passages(self, domains: list[str]) -> Tensor:
         """``[B, S + 1]``: the next passage of each of these domains."""
-        rows = []
+        rows: list[Tensor] = []
         for name in domains:
             rows.append(self._streams[name].batch(self.places[name]))
             self.places[name] += 1

@@ -180,14 +180,14 @@ def _is_plain(mlp: Any) -> bool:
 
 def _used(mlp: MoE) -> int:
     shared = 0 if mlp.shared is None else mlp.shared.down.in_features
-    return mlp.config.top_k * mlp.experts.d_ff + shared
+    return mlp.config.top_k * int(mlp.experts.d_ff) + shared
 
 
 def _hidden(mlp: MoE, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     """``[T, X]`` float32: the hidden neurons, 0 in experts that a token does not use."""
     bank = mlp.experts
     own_TEF = bank.activation.apply((x_TD @ bank.up.flatten(0, 1).T.to(x_TD.dtype)).unflatten(1, bank.up.shape[:2]))
-    hidden_TX = (own_TEF.float() * weights_TE.unsqueeze(2)).flatten(1)
+    hidden_TX: Tensor = (own_TEF.float() * weights_TE.unsqueeze(2)).flatten(1)
     if mlp.shared is None:
         return hidden_TX
     return torch.cat([hidden_TX, mlp.shared.activation.apply(mlp.shared.up(x_TD)).float()], dim=1)

@@ -1,0 +1,161 @@
+"""From a split model and its parent to a better one: the folder, going on, and what is refused before any work."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.convert.models import dense_folder
+from tests.convert.test_calibration import text_folder
+
+from moesaic.convert import DistillSettings, SplitSettings, distill, split
+from moesaic.convert.writing import partial_path
+from moesaic.data import prepare
+from moesaic.errors import CheckpointError, ConfigError, Interrupted
+from moesaic.hf.load import load_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return text_folder(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dense_folder(tmp_path_factory.mktemp("dense") / "model", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def student(dense: Path, data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("split") / "model"
+    split(dense, out, SplitSettings(experts=4, tokens=400, sequence_length=48, held_out=0.0, data=data))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
+
+
+def settings(data: tuple[str, ...], **changes: Any) -> DistillSettings:
+    options: dict[str, Any] = {
+        "tokens": 32 * 2 * 12,
+        "sequence_length": 32,
+        "warm_start": 256,
+        "held_out": 0.3,
+        "precision": "fp32",
+        "learning_rate": 1e-3,
+        "data": data,
+    }
+    return DistillSettings(**{**options, **changes})
+
+
+def distance(path: Path, parent: Path, data: tuple[str, ...]) -> float:
+    """KL(parent ‖ model) of the next token, mean over the text that is learned."""
+    text = prepare(data, tokenizer=str(path), validation_fraction=0.3).train
+    ids = torch.cat(
+        [torch.from_numpy(own[: len(own) // 32 * 32].astype("int64")).view(-1, 32) for own in text.values()]
+    )
+    with torch.no_grad():
+        ours, theirs = (load_model(each, dtype=torch.float32)[0](ids).logits.log_softmax(-1) for each in (path, parent))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def test_comes_nearer_to_the_parent(student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path) -> None:
+    said: list[str] = []
+    made = distill(student, dense, tmp_path / "out", settings(data, tokens=64 * 40), say=said.append)
+    assert (made.steps, made.tokens) == (40, 40 * 64)
+    assert made.seconds > 0 and math.isfinite(made.first) and math.isfinite(made.last)
+    assert set(made.shares) == {"code", "prose"} and set(made.refit) == {0, 1}
+    assert distance(tmp_path / "out", dense, data) < 0.9 * distance(student, dense, data)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", student))
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    assert torch.equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
+    assert not partial_path(tmp_path / "out").exists()
+    assert any("going on" in line or "step 1:" in line for line in said)
+
+
+def stop_at(step: int) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if line.startswith(f"step {step}:"):
+            signal.raise_signal(signal.SIGINT)
+
+    return say
+
+
+def test_interrupted_and_again_is_as_straight(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = settings(data, loss="taid")
+    distill(student, dense, tmp_path / "straight", options)
+    with pytest.raises(Interrupted, match="interrupted after step 1, which is saved: the same command goes on"):
+        distill(student, dense, tmp_path / "out", options, say=stop_at(1))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"unfinished conversion with other settings \(loss: 'taid' there"):
+        distill(student, dense, tmp_path / "out", settings(data))
+    said: list[str] = []
+    made = distill(student, dense, tmp_path / "out", options, say=said.append)
+    assert made.steps == 12 and "going on after step 1" in said
+    straight, again = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out"))
+    assert all(torch.equal(value, again[name]) for name, value in straight.items())
+
+
+def test_interrupted_in_the_warm_start(student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path) -> None:
+    def say(line: str) -> None:
+        if line.startswith("layer 1 of 2"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="of which nothing is saved"):
+        distill(student, dense, tmp_path / "out", settings(data), say=say)
+    made = distill(student, dense, tmp_path / "out", settings(data))
+    assert made.steps == 12
+
+
+def test_without_a_warm_start_and_by_the_clock(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    made = distill(student, dense, tmp_path / "out", settings(data, tokens=None, minutes=0.01, warm_start=0))
+    assert made.steps >= 1 and not made.refit
+
+
+def test_models_that_do_not_go_together(student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="is a llama model: the student must be a mixture of ours"):
+        distill(dense, dense, out, settings(data))
+    other = dense_folder(tmp_path / "other", hidden_size=16)
+    with pytest.raises(CheckpointError, match="hidden_size is 32 there and 16 in the teacher"):
+        distill(student, other, out, settings(data))
+    out.mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        distill(student, dense, out, settings(data))
+    assert not partial_path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"minutes": 1.0}, "give exactly one of them"),
+        ({"tokens": None}, "give exactly one of them"),
+        ({"tokens": 0}, "tokens is 0: it must be a whole number from 1 on"),
+        ({"tokens": None, "minutes": -1.0}, "minutes is -1.0: it must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
+        ({"labels": 1.5}, "labels is 1.5: it must be from 0 to 1"),
+        ({"held_out": 0.0}, "held_out is 0.0: it must be between 0 and 1"),
+        ({"train": "fnn"}, "unknown train 'fnn': did you mean 'ffn'"),
+        ({"mixture": "exces"}, "unknown mixture 'exces': did you mean 'excess'"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"loss": "reverse"}, "unknown loss 'reverse': did you mean 'reverse_kl'"),
+        ({"loss_options": {"alpha": 1}}, "the loss 'kl' does not take these options"),
+        ({"warm_start": -1}, "warm_start is -1: it must be a whole number from 0 on"),
+    ],
+)
+def test_settings_out_of_range(data: tuple[str, ...], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(data, **changes)
+    assert said in str(caught.value)
