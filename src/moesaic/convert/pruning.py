@@ -217,6 +217,13 @@ def check_prunable(source: TensorSource, settings: PruneSettings) -> list[MoEBlo
             f"{where} is dense ({source.config.model_type}): prune takes a mixture of experts; split and upcycle make "
             "one of a dense model"
         )
+    for setting, plain in (("pre_gating", ("none", "layer")), ("zero_computation_experts", (None, {}))):
+        value = getattr(source.config, setting, plain[0])
+        if value not in plain:
+            raise UnsupportedError(
+                f"{where} has {setting} {value!r}: only layers that each have a router of their own, over nothing but "
+                "experts that compute, can be pruned"
+            )
     blocks = moe_blocks(source.path)
     counts = sorted({block.num_experts for block in blocks})
     if len(counts) > 1 or getattr(source.config, "expert_d_ffs", None):
