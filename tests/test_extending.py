@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import moesaic
+from moesaic.errors import ConfigError
 from moesaic.experts.kinds import EXPERT_KINDS
 from moesaic.registry import Registry
-from moesaic.routing import BALANCERS, ROUTERS, Routing
+from moesaic.routing import BALANCERS, ROUTERS, Router, Routing
 from moesaic.train.recipe_file import load_recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
@@ -90,11 +91,25 @@ def test_the_expert_kind_takes_part(after_each_block: list[dict[str, Any]]) -> N
 
 def test_the_loss_counts(after_each_block: list[dict[str, Any]]) -> None:
     layer = after_each_block[5]["layer"].train()
-    layer(torch.randn(2, 50, 64))
+    mask = torch.arange(50) < torch.tensor([[50], [20]])
+    layer(torch.randn(2, 50, 64), token_mask=mask)
     routing = layer.last_routing
-    even = 8 * float((routing.counts() / routing.counts().sum() * routing.scores.mean(dim=0)).sum())
-    doubt = float(1 - routing.scores.max(dim=1).values.mean())
+    scores = routing.scores[mask.flatten()]
+    even = 8 * float((routing.counts() / routing.counts().sum() * scores.mean(dim=0)).sum())
+    doubt = float(1 - scores.max(dim=1).values.mean())
     assert float(layer.aux_loss.detach()) == pytest.approx(0.01 * even + 0.05 * doubt, rel=1e-4)
+
+
+@pytest.mark.usefixtures("after_each_block")
+def test_the_z_loss_is_refused_when_the_configuration_is_made() -> None:
+    with pytest.raises(ConfigError, match="'z_loss' needs a router that has logits; NearBest has none"):
+        moesaic.MoEConfig(8, 8, 4, router="near_best", balancing={"z_loss": 0.1})
+
+
+def test_the_page_names_all_that_a_router_says() -> None:
+    said = {name for name, value in vars(Router).items() if isinstance(value, bool)}
+    table = re.findall(r"^\| `(\w+)` \| (True|False) \|", PAGE.read_text(), re.MULTILINE)
+    assert dict(table) == {name: str(vars(Router)[name]) for name in said}
 
 
 @pytest.mark.usefixtures("after_each_block")
