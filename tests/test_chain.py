@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests import reference
+from tests import formulas, reference
 from torch import Tensor
 
-import moesaic
 from moesaic import MoE, MoEConfig
 from moesaic.errors import ConfigError
 
@@ -30,22 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def layer_of(**changes: Any) -> MoE:
-    torch.manual_seed(0)
-    layer = MoE(MoEConfig(**{"d_model": D, "d_ff": F, "num_experts": 5, "top_k": 2, **changes}))
+    layer = formulas.layer_of({"d_model": D, "d_ff": F, "num_experts": 5, "top_k": 2}, **changes)
     with torch.no_grad():
-        for router in layer.routers:
-            router.weight.normal_()
-        for name, parameter in layer.named_parameters():
-            if "bias" in name:
-                parameter.normal_()
         layer.experts.down.mul_(0.5)
-    return layer.double()
+    return layer
 
 
 def chain(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> tuple[Tensor, Tensor]:
     """x⁽⁰⁾ = x; x⁽ᵗ⁾ = Σⱼ Êⱼ(x⁽ᵗ⁻¹⁾) + Σᵢ g_{t,i} Eᵢ(x⁽ᵗ⁻¹⁾) + x⁽ᵗ⁻¹⁾; what is added to x in all, and the losses."""
-    names = reference.Settings.__dataclass_fields__
-    settings = reference.Settings(**{name: getattr(config, name) for name in names})
+    settings = formulas.settings_of(config)
     state, aux = x, x.new_zeros(())
     for t in range(config.iterations):
         own = dict(parameters)
@@ -60,27 +52,7 @@ def chain(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> tup
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_the_formulas(variant: str) -> None:
-    layer = layer_of(**VARIANTS[variant])
-    x = torch.randn(9, D, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(9, D, dtype=torch.float64)
-    y = layer(x)
-    ((y * upstream).sum() + layer.aux_loss).backward()
-    parameters = {name: value.detach().double() for name, value in layer.state_dict().items()}
-    learned = {name: parameters[name].requires_grad_() for name, _ in layer.named_parameters()}
-    again = x.detach().clone().requires_grad_()
-    wanted, aux = chain(again, parameters, layer.config)
-    ((wanted * upstream).sum() + aux).backward()
-    # The router is float32 in every precision.
-    assert reference.relative_error(y, wanted) < 1e-5
-    assert reference.relative_error(layer.aux_loss, aux) < 1e-5
-    assert x.grad is not None and again.grad is not None
-    assert reference.relative_error(x.grad, again.grad) < 1e-5
-    for name, parameter in layer.named_parameters():
-        if learned[name].grad is None:
-            assert parameter.grad is None or not parameter.grad.any(), name
-        else:
-            assert parameter.grad is not None, name
-            assert (parameter.grad - learned[name].grad).abs().max() < 1e-5, name
+    formulas.check_against(chain, layer_of(**VARIANTS[variant]))
 
 
 class TestWhatIsLeft:
@@ -127,12 +99,7 @@ class TestWhatIsLeft:
         assert reference.relative_error(y, layer(x.float())) < 0.05
 
     def test_the_backends_agree(self) -> None:
-        layer, x = layer_of(iterations=2, num_shared_experts=1).float(), torch.randn(16, D)
-        answers = []
-        for backend in ("loop", "grouped"):
-            with moesaic.use_backend(backend):
-                answers.append(layer(x))
-        torch.testing.assert_close(*answers)
+        formulas.check_the_backends_agree(layer_of(iterations=2, num_shared_experts=1))
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests import reference
+from tests import formulas, reference
 from torch import Tensor
 
 import moesaic
@@ -28,54 +28,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def layer_of(**changes: Any) -> MoE:
-    torch.manual_seed(0)
     sizes = {"d_model": D, "d_ff": F, "num_experts": 4, "top_k": 2, "communication_width": NARROW}
-    layer = MoE(MoEConfig(**{**sizes, **changes}))
-    with torch.no_grad():
-        layer.router.weight.normal_()
-        for name, parameter in layer.named_parameters():
-            if "bias" in name:
-                parameter.normal_()
-    return layer.double()
+    return formulas.layer_of(sizes, **changes)
 
 
-def bigmac(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> Tensor:
+def bigmac(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> tuple[Tensor, Tensor]:
     """x' = x W'↓; y' = Σ_{i ∈ T} p_i(x) E_i(x'); y = y' W'↑ (equation 2): the router reads x at full width."""
-    names = reference.Settings.__dataclass_fields__
-    settings = reference.Settings(**{name: getattr(config, name) for name in names})
-    rows = []
-    for token in x:
-        logits = [(token * row).sum() for row in parameters["router.weight"]]
-        taken, weights, _, margin = reference.choose(logits, parameters, settings)
-        assert margin > 1e-6
+    settings = formulas.settings_of(config)
+
+    def answer(token: Tensor, taken: list[int], weights: list[Tensor]) -> Tensor:
         low = parameters["descend.weight"] @ token
         total = 0 * low
         for e, weight in zip(taken, weights, strict=True):
             total = total + weight * reference.expert(low, parameters, e, config.activation)
-        rows.append(parameters["ascend.weight"] @ total + reference.shared(token, parameters, settings))
-    return torch.stack(rows)
+        return parameters["ascend.weight"] @ total + reference.shared(token, parameters, settings)
+
+    return formulas.routed(x, parameters, settings, answer)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_the_formulas(variant: str) -> None:
-    layer = layer_of(**VARIANTS[variant])
-    x = torch.randn(9, D, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(9, D, dtype=torch.float64)
-    y = layer(x)
-    (y * upstream).sum().backward()
-    parameters = {name: value.detach().clone() for name, value in layer.state_dict().items()}
-    for name, _ in layer.named_parameters():
-        parameters[name].requires_grad_()
-    again = x.detach().clone().requires_grad_()
-    wanted = bigmac(again, parameters, layer.config)
-    (wanted * upstream).sum().backward()
-    assert reference.relative_error(y, wanted) < 1e-5
-    assert x.grad is not None and again.grad is not None
-    assert reference.relative_error(x.grad, again.grad) < 1e-5
-    for name, parameter in layer.named_parameters():
-        expected = parameters[name].grad
-        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert (got - (0 if expected is None else expected)).abs().max() < 1e-5, name
+    formulas.check_against(bigmac, layer_of(**VARIANTS[variant]))
 
 
 def test_the_experts_see_narrow_rows() -> None:
@@ -98,12 +71,7 @@ def test_no_tokens_and_bf16() -> None:
 
 
 def test_the_backends_agree() -> None:
-    layer, x = layer_of().float(), torch.randn(16, D)
-    answers = []
-    for backend in ("loop", "grouped"):
-        with moesaic.use_backend(backend):
-            answers.append(layer(x))
-    torch.testing.assert_close(*answers)
+    formulas.check_the_backends_agree(layer_of())
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.5, True])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests import reference
+from tests import formulas, reference
 from torch import Tensor, nn
 
 import moesaic
@@ -29,15 +29,8 @@ WIDTHS = {
 
 
 def layer_of(d_ffs: list[int], **changes: Any) -> MoE:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"d_model": D, "d_ff": 8, "num_experts": len(d_ffs), "top_k": 2}
-    layer = MoE(MoEConfig(**{**sizes, "expert_d_ffs": d_ffs, **changes}))
-    with torch.no_grad():
-        layer.router.weight.normal_()
-        for name, parameter in layer.named_parameters():
-            if "bias" in name:
-                parameter.normal_()
-    return layer.double()
+    sizes: dict[str, Any] = {"d_model": D, "d_ff": 8, "num_experts": len(d_ffs), "top_k": 2, "expert_d_ffs": d_ffs}
+    return formulas.layer_of(sizes, **changes)
 
 
 def expert_parameters(parameters: Mapping[str, Tensor], d_ffs: list[int], e: int) -> dict[str, Tensor]:
@@ -53,42 +46,22 @@ def expert_parameters(parameters: Mapping[str, Tensor], d_ffs: list[int], e: int
     }
 
 
-def mixture(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> Tensor:
-    names = reference.Settings.__dataclass_fields__
-    settings = reference.Settings(**{name: getattr(config, name) for name in names})
-    rows = []
-    for token in x:
-        logits = [(token * row).sum() for row in parameters["router.weight"]]
-        taken, weights, _, margin = reference.choose(logits, parameters, settings)
-        assert margin > 1e-6
+def mixture(x: Tensor, parameters: Mapping[str, Tensor], config: MoEConfig) -> tuple[Tensor, Tensor]:
+    d_ffs = list(config.expert_d_ffs or [])
+
+    def answer(token: Tensor, taken: list[int], weights: list[Tensor]) -> Tensor:
         y = 0 * token
         for e, weight in zip(taken, weights, strict=True):
-            assert config.expert_d_ffs is not None
-            own = expert_parameters(parameters, list(config.expert_d_ffs), e)
-            y = y + weight * reference.expert(token, own, 0, config.activation)
-        rows.append(y)
-    return torch.stack(rows)
+            y = y + weight * reference.expert(token, expert_parameters(parameters, d_ffs, e), 0, config.activation)
+        return y
+
+    return formulas.routed(x, parameters, formulas.settings_of(config), answer)
 
 
 @pytest.mark.parametrize("changes", [{}, {"bias": True, "activation": "relu"}, {"top_k": 1}], ids=str)
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_against_the_formulas(widths: str, changes: dict[str, Any]) -> None:
-    layer = layer_of(WIDTHS[widths], **changes)
-    x = torch.randn(9, D, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(9, D, dtype=torch.float64)
-    y = layer(x)
-    (y * upstream).sum().backward()
-    parameters = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
-    again = x.detach().clone().requires_grad_()
-    wanted = mixture(again, parameters, layer.config)
-    (wanted * upstream).sum().backward()
-    assert reference.relative_error(y, wanted) < 1e-5
-    assert x.grad is not None and again.grad is not None
-    assert reference.relative_error(x.grad, again.grad) < 1e-5
-    for name, parameter in layer.named_parameters():
-        expected = parameters[name].grad
-        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert (got - (0 if expected is None else expected)).abs().max() < 1e-5, name
+    formulas.check_against(mixture, layer_of(WIDTHS[widths], **changes))
 
 
 class TestCompute:
@@ -106,12 +79,7 @@ class TestCompute:
         assert isinstance(layer_of([6, 6, 6]).experts, ExpertBank)
 
     def test_all_backends(self) -> None:
-        layer, x = layer_of([3, 3, 12, 12]).float(), torch.randn(16, D)
-        answers = []
-        for backend in ("loop", "grouped"):
-            with moesaic.use_backend(backend):
-                answers.append(layer(x))
-        torch.testing.assert_close(*answers)
+        formulas.check_the_backends_agree(layer_of([3, 3, 12, 12]))
 
     def test_capacity_is_that_of_equal_experts(self) -> None:
         x = torch.randn(40, D, dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.test_modeling import config_of
+from tests.hf.tiny import config_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from moesaic import MoesaicForCausalLM

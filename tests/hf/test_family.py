@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.hf.family import FAMILY
-from tests.hf.test_modeling import enable, gradients, model_of, tokens
+from tests.hf.tiny import check_the_cache_changes_nothing, enable_recomputation, gradients, model_of, tokens
 from tests.reference import relative_error
 from transformers import AutoModelForCausalLM
 
@@ -24,14 +24,7 @@ COMPILED = {"chain of all", "pre-gated stack"}  # the others take long, and are 
 
 @ALL
 def test_the_cache_changes_nothing(variant: str) -> None:
-    model, ids = model_of(**FAMILY[variant]), tokens()
-    with torch.no_grad():
-        whole = model(ids).logits
-        first = model(ids[:, :5], use_cache=True)
-        pieces, cache = [first.logits], first.past_key_values
-        for t in range(5, ids.shape[1]):
-            pieces.append(model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+    check_the_cache_changes_nothing(model_of(**FAMILY[variant]))
 
 
 @ALL
@@ -71,8 +64,8 @@ def test_saved_and_loaded(variant: str, tmp_path: Path) -> None:
 def test_recomputed_activations_give_the_same_gradients(variant: str) -> None:
     model = model_of(**FAMILY[variant]).train()
     wanted = gradients(model)
-    assert {name for name, _ in model.named_parameters()} == wanted.keys()
-    enable(model)
+    assert {"loss", *(name for name, _ in model.named_parameters())} == wanted.keys()
+    enable_recomputation(model)
     got = gradients(model)
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tests.hf.tiny import (
+    check_the_cache_changes_nothing,
+    config_of,
+    enable_recomputation,
+    gradients,
+    model_of,
+    tokens,
+)
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -33,54 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(**changes: Any) -> MoesaicConfig:
-    sizes: dict[str, Any] = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return MoesaicConfig(**{**sizes, **changes})
-
-
-def model_of(**changes: Any) -> MoesaicForCausalLM:
-    torch.manual_seed(0)
-    return MoesaicForCausalLM(config_of(**changes)).eval()
-
-
-def tokens(rows: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-def gradients(model: MoesaicForCausalLM) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(tokens(), labels=tokens()).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 class TestForward:
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_the_cache_changes_nothing(self, variant: str) -> None:
-        model, ids = model_of(**VARIANTS[variant]), tokens()
-        with torch.no_grad():
-            whole = model(ids).logits
-            first = model(ids[:, :5], use_cache=True)
-            pieces, cache = [first.logits], first.past_key_values
-            for t in range(5, ids.shape[1]):
-                step = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-                pieces.append(step.logits)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+        check_the_cache_changes_nothing(model_of(**VARIANTS[variant]))
 
     def test_a_token_sees_only_what_came_before(self) -> None:
         model, ids = model_of(), tokens()
@@ -214,7 +177,7 @@ class TestPadding:
         # Capacity is a share of all rows: 12 columns at 8 / 12 of a factor of 1 have what 8 columns have at 1.
         padded, plain = (model_of(**settings, capacity_factor=factor).train() for factor in (8 / 12, 1.0))
         if checkpointing:
-            enable(padded)
+            enable_recomputation(padded)
         ids = tokens()
         got = padded(ids, attention_mask=self.MASK, labels=ids.where(self.MASK.bool(), -100))
         wanted = plain(ids[:, 4:], labels=ids[:, 4:])
@@ -266,24 +229,17 @@ class TestGradientCheckpointing:
     def test_gradients_are_equal(self, variant: str) -> None:
         model = model_of(**VARIANTS[variant]).train()
         wanted = gradients(model)
-        enable(model)
+        enable_recomputation(model)
         got = gradients(model)
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
     def test_the_reentrant_kind_is_refused(self) -> None:
         with pytest.raises(UnsupportedError, match="use_reentrant=True would lose the gradient of aux_loss"):
-            enable(model_of(), {"use_reentrant": True})
+            enable_recomputation(model_of(), {"use_reentrant": True})
         model = model_of(balancing=BALANCING).train()
-        enable(model, {"use_reentrant": False})
-        assert gradients(model)
-
-
-def enable(model: MoesaicForCausalLM, options: dict[str, Any] | None = None) -> None:
-    """Transformers 5.23 has renamed it; the older name still works there, with a warning."""
-    name = "activation_checkpointing_enable"
-    method = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    method(options) if options else method()
+        enable_recomputation(model, {"use_reentrant": False})
+        assert len(gradients(model)) > 1  # not the loss alone
 
 
 class TestGeneration:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.test_modeling import config_of, model_of, tokens
+from tests.hf.tiny import config_of, model_of, tokens
 from torch import Tensor, nn
 
 from moesaic import MoE, MoEConfig, MoesaicForCausalLM, Routing, update_balancing

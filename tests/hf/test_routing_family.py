@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tests.hf import tiny
+from tests.hf.tiny import check_the_cache_changes_nothing, enable_recomputation, gradients, tokens
 
 import moesaic
-from moesaic import MoesaicConfig, MoesaicForCausalLM, update_balancing
+from moesaic import MoesaicForCausalLM, update_balancing
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.hf.causality import NotCausalWarning, has_been_told
 from moesaic.layer import moe_layers
@@ -38,40 +39,11 @@ CAUSAL = [name for name in FAMILY if name != "expert choice"]
 
 
 def model_of(name: str, **changes: Any) -> MoesaicForCausalLM:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    model = MoesaicForCausalLM(MoesaicConfig(**{**sizes, **FAMILY[name], **changes})).eval()
+    model = tiny.model_of(**{**FAMILY[name], **changes})
     for layer in moe_layers(model):  # noisy top-k begins with zeros: nothing would depend on the token
         for parameter in layer.router.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     return model
-
-
-def tokens(rows: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-def gradients(model: MoesaicForCausalLM, seed: int = 1) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(seed)
-    loss = model(tokens(), labels=tokens()).loss
-    loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -99,31 +71,31 @@ class TestTraining:
     def test_recomputed_layers_give_the_same_gradients(self, name: str) -> None:
         """Noise too: the recomputation draws what the forward drew."""
         model = model_of(name).train()
-        loss, plain = gradients(model)
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        again, recomputed = gradients(model)
-        assert (gradients(model, seed=2)[0] == again) == (name != "noisy")
-        assert again == pytest.approx(loss, rel=1e-6)
+        plain = gradients(model)
+        enable_recomputation(model)
+        recomputed = gradients(model)
+        assert (gradients(model, seed=2)["loss"] == recomputed["loss"]) == (name != "noisy")
+        assert float(recomputed["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
         assert plain.keys() == recomputed.keys()
         for key, gradient in plain.items():
             torch.testing.assert_close(recomputed[key], gradient, rtol=1e-4, atol=1e-6)
 
     def test_in_half_precision(self, name: str) -> None:
         model = model_of(name).train().bfloat16()
-        loss, found = gradients(model)
-        assert loss > 0
+        found = gradients(model)
+        assert found["loss"] > 0
         assert all(torch.isfinite(gradient).all() for gradient in found.values())
         assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
     def test_several_iterations(self, name: str) -> None:
         model = model_of(name, iterations=2).train()
-        _, found = gradients(model)
+        found = gradients(model)
         assert all(torch.isfinite(gradient).all() for gradient in found.values())
         assert all(len(layer.last_routings) == 2 for layer in moe_layers(model))
 
     def test_beside_experts_that_compute_nothing(self, name: str) -> None:
         model = model_of(name, zero_computation_experts={"zero": 1, "copy": 1, "constant": 1}).train()
-        _, found = gradients(model)
+        found = gradients(model)
         assert all(torch.isfinite(gradient).all() for gradient in found.values())
         routing = moe_layers(model)[0].last_routing
         assert routing is not None and routing.num_experts == 7
@@ -166,15 +138,7 @@ def test_padding_changes_nothing(name: str) -> None:
 class TestGeneration:
     @pytest.mark.parametrize("name", CAUSAL)
     def test_the_cache_changes_nothing(self, name: str) -> None:
-        model, ids = model_of(name), tokens()
-        with torch.no_grad():
-            whole = model(ids).logits
-            first = model(ids[:, :5], use_cache=True)
-            pieces, cache = [first.logits], first.past_key_values
-            for t in range(5, ids.shape[1]):
-                step = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-                pieces.append(step.logits)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+        check_the_cache_changes_nothing(model_of(name), atol=1e-4)
 
     @pytest.mark.parametrize("name", CAUSAL)
     def test_generates(self, name: str) -> None:

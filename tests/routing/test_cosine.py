@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from tests.routing.comparing import check_choice, check_gradients, check_half_precision, loss_of
 from torch import Tensor
 
 from moesaic import MoEConfig
 from moesaic.errors import ConfigError
-from moesaic.routing import BALANCERS, Routing, create_router
+from moesaic.routing import create_router
 from moesaic.routing.cosine import Cosine
 
 D = 12
@@ -25,10 +27,7 @@ def router_of(num_experts: int = 6, top_k: int = 2, **options: Any) -> Cosine:
     return router
 
 
-def loss_of(routing: Routing) -> Tensor:
-    balancer: Any = BALANCERS.get("cosine_load_balancing")
-    loss: Tensor = balancer().loss(routing, routing.counts())
-    return loss
+cosine_loss = partial(loss_of, "cosine_load_balancing")
 
 
 def slow(x: Tensor, parameters: list[Tensor], k: int, gate: str, normalize: bool) -> tuple[list[Any], ...]:
@@ -69,22 +68,16 @@ def test_is_the_papers_with_its_loss_and_gradients(gate: str, top_k: int, normal
     x = torch.randn(25, D, requires_grad=True)
     routing = router(x)
     mark = torch.randn(6)  # what each expert says
-    ((mark[routing.expert_ids] * routing.weights).sum() + loss_of(routing)).backward()
+    ((mark[routing.expert_ids] * routing.weights).sum() + cosine_loss(routing)).backward()
 
     parameters = [router.weight, router.projection, router.log_temperature]
     wide, *wide_parameters = (each.detach().double().requires_grad_() for each in (x, *parameters))
     ids, weights, cosines = slow(wide, wide_parameters, top_k, gate, normalize)
-    assert routing.expert_ids.tolist() == ids
-    total: Any = 0.0
-    for row, own, got in zip(ids, weights, routing.weights, strict=True):
-        torch.testing.assert_close(got.double(), torch.stack(own), rtol=1e-4, atol=1e-6)
-        total = total + sum(mark[e].double() * w for e, w in zip(row, own, strict=True))
+    total = check_choice(routing, ids, weights, mark)
     wanted = slow_loss(ids, cosines, FIXED[gate])
-    torch.testing.assert_close(loss_of(routing).double(), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(cosine_loss(routing).double(), wanted, rtol=1e-4, atol=1e-6)
     (total + wanted).backward()
-    for got, want in zip((x, *parameters), (wide, *wide_parameters), strict=True):
-        assert got.grad is not None and want.grad is not None
-        torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-3, atol=1e-4)
+    check_gradients(zip((x, *parameters), (wide, *wide_parameters), strict=True))
 
 
 def test_lengths_do_not_matter() -> None:
@@ -108,12 +101,12 @@ def test_logits_are_those_of_the_routing_and_can_be_shifted() -> None:
 
 def test_the_loss_is_blind_to_the_learned_temperature_while_training() -> None:
     router, x = router_of(), torch.randn(20, D)
-    before, plain = loss_of(router(x)), loss_of(router.eval()(x))
+    before, plain = cosine_loss(router(x)), cosine_loss(router.eval()(x))
     with torch.no_grad():
         router.log_temperature.add_(1.0)
-    assert torch.equal(loss_of(router.train()(x)), before)
-    assert not torch.equal(loss_of(router.eval()(x)), plain)
-    loss_of(router.train()(x)).backward()
+    assert torch.equal(cosine_loss(router.train()(x)), before)
+    assert not torch.equal(cosine_loss(router.eval()(x)), plain)
+    cosine_loss(router.train()(x)).backward()
     assert router.log_temperature.grad is None
 
 
@@ -145,7 +138,7 @@ def test_empty_rows_no_tokens_and_one_expert() -> None:
             x = torch.zeros(tokens, D, requires_grad=True)
             routing = router(x)
             assert routing.expert_ids.shape == (tokens, top_k)
-            (routing.weights.sum() + loss_of(routing)).backward()
+            (routing.weights.sum() + cosine_loss(routing)).backward()
             assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in (x, *router.parameters()))
 
 
@@ -155,13 +148,7 @@ def test_tokens_that_are_all_alike_go_the_same_way() -> None:
 
 
 def test_features_of_half_precision_and_autocast_change_nothing() -> None:
-    router, x = router_of(), torch.randn(40, D).bfloat16()
-    wide = router(x.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        narrow = router(x)
-    assert torch.equal(narrow.logits, wide.logits)
-    assert narrow.weights.dtype == torch.float32
-    assert router.bfloat16()(x).weights.dtype == torch.float32
+    check_half_precision(router_of())
 
 
 def test_detach_leaves_no_graph() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from tests.routing.comparing import check_choice, check_gradients, check_half_precision, loss_of
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.routing import BALANCERS, Routing, create_router
+from moesaic.routing import create_router
 from moesaic.routing.top_p import TopP
 
 D, E = 12, 8
@@ -24,10 +26,7 @@ def router_of(num_experts: int = E, top_k: int = E, **options: Any) -> TopP:
     return router
 
 
-def entropy_of(routing: Routing) -> Tensor:
-    balancer: Any = BALANCERS.get("entropy")
-    loss: Tensor = balancer().loss(routing, routing.counts())
-    return loss
+entropy_of = partial(loss_of, "entropy")
 
 
 def slow(x: Tensor, gate: Tensor, p: float, most: int, normalize: bool) -> tuple[list[Any], ...]:
@@ -73,18 +72,12 @@ def test_is_the_papers_with_its_loss_and_gradients(threshold: float, most: int, 
 
     wide, gate = (each.detach().double().requires_grad_() for each in (x, router.weight))
     ids, weights, probabilities = slow(wide, gate, threshold, most, normalize)
-    assert routing.expert_ids.tolist() == [row + [E] * (most - len(row)) for row in ids]
-    total: Any = 0.0
-    for row, own, got in zip(ids, weights, routing.weights, strict=True):
-        torch.testing.assert_close(got[: len(row)].double(), torch.stack(own), rtol=1e-4, atol=1e-6)
-        assert (got[len(row) :] == 0).all()
-        total = total + sum(mark[e].double() * w for e, w in zip(row, own, strict=True))
+    assert routing.top_k == most
+    total = check_choice(routing, ids, weights, mark)
     wanted = slow_entropy(probabilities)
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
     (total + wanted).backward()
-    for got, want in ((x, wide), (router.weight, gate)):
-        assert got.grad is not None and want.grad is not None
-        torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-3, atol=1e-4)
+    check_gradients([(x, wide), (router.weight, gate)])
 
 
 def test_tokens_take_different_numbers_of_experts() -> None:
@@ -139,12 +132,7 @@ def test_padding_does_not_count_in_the_entropy() -> None:
 
 
 def test_features_of_half_precision_and_autocast_change_nothing() -> None:
-    router, x = router_of(), torch.randn(40, D).bfloat16()
-    wide = router(x.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        narrow = router(x)
-    assert torch.equal(narrow.expert_ids, wide.expert_ids)
-    assert torch.equal(narrow.weights, wide.weights)
+    check_half_precision(router_of())
 
 
 def test_top_k_of_one_call_is_the_most() -> None:
