@@ -59,6 +59,6 @@ def test_what_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
     with pytest.raises(UnsupportedError, match="is a mixture of experts already"):
         unpack(tmp_path / "mixtral", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="there is no file at"):
-        unpack(tmp_path / "no.gguf", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="there is no model folder at"):
+        unpack(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
