@@ -11,18 +11,31 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A read-mostly mapping from a name to a part of one kind (``"router"``, ``"backend"``, ...)."""
+    """A read-mostly mapping from a name to a part of one kind (``"router"``, ``"backend"``, ...).
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    Args:
+        base: gives the class that every part is derived from, once it is there; None where parts may be anything.
+    """
+
+    def __init__(self, kind: str, base: Callable[[], type] | None = None) -> None:
+        self.kind, self._base = kind, base
         self._parts: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that enters a part under ``name``; a name is taken only once."""
+        """Decorator that enters a part under ``name``; a name is taken only once.
+
+        Raises:
+            ConfigError: for a name that is taken, or a part that is not derived from the base.
+        """
 
         def enter(part: T) -> T:
             if name in self._parts:
                 raise ConfigError(f"the {self.kind} {name!r} is registered twice")
+            base = self._base and self._base()
+            if base and not (isinstance(part, type) and issubclass(part, base)):
+                raise ConfigError(
+                    f"the {self.kind} {name!r} must be a class derived from {base.__name__}: it is {part!r}"
+                )
             self._parts[name] = part
             return part
 

@@ -121,3 +121,15 @@ def test_what_cannot_be_balanced_with() -> None:
         message = f"the coefficient of balancer 'z_loss' is {wrong}: it must be finite and at least 0"
         with pytest.raises(ConfigError, match=message):
             check_balancing({"z_loss": wrong}, router)
+
+
+def test_what_is_no_balancer_is_refused_when_it_is_registered() -> None:
+    class Lonely:
+        def loss(self, routing: Routing, counts_E: Tensor) -> Tensor:
+            return counts_E.float().mean()
+
+    with pytest.raises(
+        ConfigError, match=r"the balancer 'lonely' must be a class derived from Balancer: it is .*Lonely"
+    ):
+        BALANCERS.register("lonely")(Lonely)  # type: ignore[arg-type]
+    assert "lonely" not in BALANCERS

@@ -154,8 +154,8 @@ class TestSelectionBias:
         ("options", "groups"), [({}, 1), ({"num_groups": 3}, 3), ({"num_groups": 3, "top_groups": 3}, 1)]
     )
     def test_says_which_groups_are_closed(self, options: dict[str, int], groups: int) -> None:
-        assert ROUTERS.get("sigmoid_topk").closed_groups(options) == groups
-        assert ROUTERS.get("softmax_topk").closed_groups({}) == 1
+        assert ROUTERS.get("sigmoid_topk").choice_groups(options) == groups
+        assert ROUTERS.get("softmax_topk").choice_groups({}) == 1
 
     def test_excluded_groups_stay_excluded_where_every_score_is_negative(self) -> None:
         router = spread("sigmoid_topk", num_groups=4, top_groups=1, top_k=2)

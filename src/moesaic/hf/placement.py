@@ -295,7 +295,7 @@ def _groups(config: Any, num_experts: int) -> int:
     """How many groups a router of this configuration chooses among; 1 where all of them are always open."""
     config = config.get_text_config()
     if config.model_type == "moesaic":
-        groups, open_groups = ROUTERS.get(config.router).closed_groups(config.router_options), 1
+        groups, open_groups = ROUTERS.get(config.router).choice_groups(config.router_options), 1
     else:
         groups, open_groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
         if getattr(config, "topk_method", None) == "greedy":  # DeepSeek-V2's way to say that there are none

@@ -19,7 +19,7 @@ from moesaic.routing.options import check_options
 from moesaic.routing.router import Router
 from moesaic.routing.routing import Routing
 
-BALANCERS: Registry[type[Balancer]] = Registry("balancer")
+BALANCERS: Registry[type[Balancer]] = Registry("balancer", lambda: Balancer)
 
 
 class Balancer:

@@ -72,7 +72,7 @@ class Router(nn.Module, ABC):
         """Share with the router of the model's first MoE layer what all layers have in common: nothing, by default."""
 
     @classmethod
-    def closed_groups(cls, options: Mapping[str, Any]) -> int:
+    def choice_groups(cls, options: Mapping[str, Any]) -> int:
         """With these ``router_options``: how many equal groups of experts there are, of which a token may choose from
         some only; 1 where it may choose from all."""
         return 1

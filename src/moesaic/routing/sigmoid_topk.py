@@ -74,7 +74,7 @@ class SigmoidTopK(Router):
             nn.init.zeros_(bias)
 
     @classmethod
-    def closed_groups(cls, options: Mapping[str, Any]) -> int:
+    def choice_groups(cls, options: Mapping[str, Any]) -> int:
         groups: int = options.get("num_groups", 1)
         return groups if options.get("top_groups", 1) < groups else 1
 
