@@ -51,6 +51,7 @@ def settings(data: tuple[str, ...], **changes: Any) -> DistillSettings:
         "held_out": 0.3,
         "precision": "fp32",
         "learning_rate": 1e-3,
+        "labels": 0.0,
         "data": data,
     }
     return DistillSettings(**{**options, **changes})

@@ -60,15 +60,15 @@ class DistillSettings:
     loss_options: dict[str, Any] = field(default_factory=dict)
     minutes: float | None = None
     tokens: int | None = None
-    labels: float = 0.0
+    labels: float = 0.3
     train: str = "all"
     data: tuple[str, ...] = ("stdlib",)
     mixture: str = "excess"
     held_out: float = 0.05
     sequence_length: int = 512
     batch_size: int = 2
-    learning_rate: float = 5e-4
-    warm_start: int = 16384
+    learning_rate: float = 4e-4
+    warm_start: int = 12288
     precision: str = "auto"
     seed: int = 0
 
