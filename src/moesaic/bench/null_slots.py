@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.bench.limits import OtherProcesses
 from moesaic.bench.part import Part
@@ -21,6 +21,7 @@ from moesaic.bench.timing import Times, alternate, timed
 from moesaic.bench.workload import DTYPES, distance, tiled
 from moesaic.config import MoEConfig
 from moesaic.experts import use_backend
+from moesaic.hf import freeze, use_native_linears
 from moesaic.layer import MoE
 from moesaic.routing import Router, Routing
 
@@ -35,7 +36,7 @@ _WARM_TUNER = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and what is done with it.
+    """One layer and what is done with it: forward alone it is frozen, as for inference.
 
     Args:
         wide: the router has a slot for every expert, most of them null, as a ReLU router has; else ``top_k`` slots.
@@ -179,6 +180,9 @@ class _Work:
             null_TK = null_slots(share, case.tokens, top_k, generator)
             self.routers[share] = NullingRouter(shape.d_model, shape.num_experts, top_k, null_TK)
             self.routers[share].requires_grad_(case.backward)
+        if not case.backward:
+            freeze(self.layer)
+            use_native_linears(nn.ModuleList(self.routers.values()))  # its router is another one at each share
         self.x_TD = torch.randn(case.tokens, shape.d_model, generator=generator).to(dtype)
         self.backward = case.backward
 
