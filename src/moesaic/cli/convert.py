@@ -61,6 +61,13 @@ def command(
     loss: Annotated[
         str | None, typer.Option(help="kl (the default), reverse_kl, or taid.", rich_help_panel=_TEACH)
     ] = None,
+    labels: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the loss that is the text's own next token, 0 to 1; the rest is the dense model's word.",
+            rich_help_panel=_TEACH,
+        ),
+    ] = None,
     mixture: Annotated[
         str | None,
         typer.Option(

@@ -18,6 +18,7 @@ _TEACHING = {
     "minutes": "minutes",
     "train_tokens": "train_tokens",
     "loss": "loss",
+    "labels": "labels",
     "mixture": "mixture",
     "learning_rate": "learning_rate",
 }
