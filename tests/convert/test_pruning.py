@@ -379,7 +379,7 @@ def test_models_that_are_refused(tmp_path: Path, text: str) -> None:
     fused = mixture_folder(tmp_path / "g", "gpt_oss")
     refused(UnsupportedError, "merged can be those of Mixtral", fused, settings(text, how="merge"))
     unequal = mixture_folder(tmp_path / "u", "moesaic", expert_d_ffs=[8, 8, 8, 16, 16, 16])
-    refused(UnsupportedError, "of one width|not an entry for each", unequal, settings(text))
+    refused(UnsupportedError, "of one width", unequal, settings(text))
     stack = mixture_folder(tmp_path / "s", "moesaic", pre_gating="stack")
     refused(UnsupportedError, "has pre_gating 'stack': only layers that each have a router", stack, settings(text))
     zero = mixture_folder(tmp_path / "z", "moesaic", zero_computation_experts={"zero": 1})

@@ -227,7 +227,30 @@ class _Checkpoint:
         return self._bytes[file.path][piece.tensor.begin + piece.begin : piece.tensor.begin + piece.end].data
 
 
+# Settings of our models whose layers are of another form, and the values that are not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "zero_computation_experts": (None, {}),
+    "expert_d_ffs": (None,),
+    "iterations": (None, 1),
+    "pre_gating": (None, "none", "layer"),
+}
+
+
+def _check_form(config: Any) -> None:
+    reasons = [
+        f"{name} is {value!r}" for name, plain in _PLAIN.items() if (value := getattr(config, name, None)) not in plain
+    ]
+    if getattr(config, "router", None) == "hash":
+        reasons.append("router is 'hash'")
+    if reasons:
+        raise UnsupportedError(
+            f"{' and '.join(reasons)}: the experts of such a model cannot change places or be pruned, only those of "
+            "layers that each have one learned router over feed-forward experts of one width"
+        )
+
+
 def _blocks(checkpoint: _Checkpoint) -> list[MoEBlock]:
+    _check_form(checkpoint.config)
     names: dict[int, set[str]] = {}
     for found in filter(None, map(_EXPERTS.match, checkpoint.tensors)):
         names.setdefault(int(found["number"]), set()).add(found["block"])
