@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tests.convert.models import dense_folder, dense_model, save
 
 from moesaic.cli.main import run
-from moesaic.cli.methods import METHODS
+from moesaic.cli.methods import METHODS, RUN
 from moesaic.hf.load import load_model
 
 Captured = pytest.CaptureFixture[str]
@@ -125,7 +126,7 @@ def test_merges(made: Path, tmp_path: Path, capsys: Captured) -> None:
 def test_prunes(made: Path, tmp_path: Path, how: str, capsys: Captured) -> None:
     words = ["--method", "prune", "--keep", "4", "--how", how, "--data", str(made / "a.txt"), "--tokens", "1024"]
     assert convert(made, tmp_path / "out", *words, model="mixture") == 0
-    assert "of 8 experts a layer 4 stay" in capsys.readouterr().out
+    assert re.search(r"of 8 experts a layer 4 stay, which had [\d.]+% of the routed slots", capsys.readouterr().out)
     assert load_model(tmp_path / "out")[0].config.num_experts == 4
 
 
@@ -193,3 +194,26 @@ def test_every_option_of_a_method_is_an_option(capsys: Captured, monkeypatch: py
     shown = capsys.readouterr().out
     names = {name for options in METHODS.values() for name in options}
     assert [name for name in names if f"--{name.replace('_', '-')} " not in shown] == []
+
+
+def test_what_is_printed_to_compare_works(made: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert convert(made, tmp_path / "out", "--method", "upcycle", "--experts", "2") == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:2] == ["moesaic", "eval"]
+    assert run([*command[1:], "--data", str(made / "a.txt")]) == 0
+    assert "same next token" in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_written_out_before_it_is_compared(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    upcycled = RUN["upcycle"]
+    monkeypatch.setitem(RUN, "upcycle", lambda model, *rest: upcycled(str(made / "base"), *rest))
+    assert run(["convert", "base.gguf", "--to", str(tmp_path / "out"), "--method", "upcycle"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"moesaic convert base.gguf --to {tmp_path / 'out'}-dense --method dense",
+        f"moesaic eval {tmp_path / 'out'} --against {tmp_path / 'out'}-dense",
+    ]
+    assert run(["eval", str(tmp_path / "out"), "--against", "base.gguf"]) == 2
+    message = "eval reads folders, not 'base.gguf': write it as one by moesaic convert base.gguf --to DENSE --method"
+    assert message in " ".join(capsys.readouterr().err.split())

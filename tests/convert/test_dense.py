@@ -13,7 +13,7 @@ from tests.convert.models import SIZES, byte_tokenizer, dense_folder
 from transformers import GemmaConfig, MixtralConfig
 
 from moesaic.convert import check_dense, open_source
-from moesaic.convert.dense import ACTIVATION, is_moe
+from moesaic.convert.dense import ACTIVATION, EXPERT_COUNTS, is_moe
 from moesaic.errors import CheckpointError, UnsupportedError
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.hf.load import load_model
@@ -108,6 +108,32 @@ def test_a_tensor_that_is_missing(tmp_path: Path, name: str) -> None:
     save_file({other: tensor.clone() for other, tensor in state.items() if other != name}, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"is incomplete: it holds no {name}"):
         check_dense(open_source(path))
+
+
+def test_tensors_that_would_be_lost(tmp_path: Path) -> None:
+    path = dense_folder(tmp_path / "dense")
+    state = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(state | computed, path / "model.safetensors")
+    check_dense(open_source(path))
+    save_file(state | {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)}, path / "model.safetensors")
+    with pytest.raises(
+        UnsupportedError,
+        match=r"holds model.layers.1.self_attn.q_proj.bias, which its configuration \(llama\) does not",
+    ):
+        check_dense(open_source(path))
+
+
+def test_a_stored_head_that_is_the_embedding(tmp_path: Path) -> None:
+    path = dense_folder(tmp_path / "dense", tie_word_embeddings=True)
+    state = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
+    assert "lm_head.weight" not in check_dense(open_source(path)).outside()
+
+
+@pytest.mark.parametrize("name", EXPERT_COUNTS)
+def test_every_name_of_the_number_of_experts_tells_of_a_mixture(tmp_path: Path, name: str) -> None:
+    assert is_moe(open_source(change(dense_folder(tmp_path / "dense"), **{name: 4})))
 
 
 def test_shapes_and_values_that_do_not_fit(tmp_path: Path) -> None:

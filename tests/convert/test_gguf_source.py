@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tests.convert.models import dense_model
 
-from moesaic.convert import check_dense, open_source
+from moesaic.convert import UpcycleSettings, check_dense, open_source, unpack, upcycle
 from moesaic.convert.gguf_source import transformers_name
 from moesaic.errors import CheckpointError, UnsupportedError
 
@@ -49,7 +50,13 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight[order]
 
 
-def write(path: Path, family: str = "llama", extra: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def write(
+    path: Path,
+    family: str = "llama",
+    extra: dict[str, Any] | None = None,
+    scaling: dict[str, str | float] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     model = dense_model(family, **options)
     config, state = model.config, model.state_dict()
     arch = "llama" if family == "mistral" else family
@@ -63,6 +70,8 @@ def write(path: Path, family: str = "llama", extra: dict[str, Any] | None = None
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
+    for key, value in (scaling or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{arch}.rope.{key}", value)
     for name, tensor in state.items():
         if arch == "llama" and ".q_proj." in name:
             tensor = interleaved(tensor, config.num_attention_heads)
@@ -121,6 +130,46 @@ def test_what_gguf_can_hold_and_we_cannot(tmp_path: Path) -> None:
     source = open_source(tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match="holds no tensor nonsense"):
         source.read("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "kind"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, "linear"),
+        ({"scaling.type": "yarn", "scaling.factor": 4.0}, "yarn"),
+        ({"scaling.factor": 4.0}, "linear"),
+        ({"scale_linear": 2.0}, "linear"),
+    ],
+)
+def test_scaled_rotary_frequencies(tmp_path: Path, scaling: dict[str, str | float], kind: str) -> None:
+    write(tmp_path / "model.gguf", "qwen2", scaling=scaling)
+    with pytest.raises(UnsupportedError, match=rf"frequencies \(rope.scaling.type {kind}\): give the model's safetens"):
+        open_source(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("scaling", [{"scaling.type": "none", "scaling.factor": 4.0}, {"scaling.factor": 1.0}])
+def test_frequencies_that_are_not_scaled(tmp_path: Path, scaling: dict[str, str | float]) -> None:
+    write(tmp_path / "model.gguf", scaling=scaling)
+    assert open_source(tmp_path / "model.gguf").config.model_type == "llama"
+
+
+def test_tensors_that_would_be_lost(tmp_path: Path) -> None:
+    write(tmp_path / "bias.gguf", extra={"blk.1.attn_q.bias": torch.ones(32)})
+    with pytest.raises(UnsupportedError, match=r"holds model.layers.1.self_attn.q_proj.bias, which .* would be lost"):
+        check_dense(open_source(tmp_path / "bias.gguf"))
+    write(tmp_path / "other.gguf", extra={"blk.0.attn_sinks.weight": torch.ones(4)})
+    with pytest.raises(UnsupportedError, match=r"holds blk.0.attn_sinks.weight, which no llama that is supported has"):
+        open_source(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("method", ["upcycle", "dense"])
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_at_once(tmp_path: Path, method: str) -> None:
+    write(tmp_path / "model.gguf")  # has none
+    said: list[str] = []
+    convert = unpack if method == "dense" else partial(upcycle, settings=UpcycleSettings(num_experts=2, top_k=1))
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .*model.gguf' cannot be loaded"):
+        convert(tmp_path / "model.gguf", tmp_path / "out", say=said.append)
+    assert said == [] and [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_names() -> None:

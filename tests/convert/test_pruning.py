@@ -394,3 +394,14 @@ def test_groups_of_experts_are_refused(tmp_path: Path, text: str) -> None:
     folder = mixture_folder(tmp_path / "m", "moesaic", router="sigmoid_topk", router_options=options)
     assert moe_blocks(folder)[0].groups == 3
     refused(UnsupportedError, "choose among 3 groups of experts first", folder, settings(text))
+
+
+@pytest.mark.parametrize("how", ["drop", "merge"])
+def test_as_many_experts_as_the_model_is_wide(tmp_path: Path, text: str, how: str) -> None:
+    """Both axes of the router's matrix have one size: the experts' is cut, not the other one."""
+    folder = mixture_folder(tmp_path / "moe", "qwen2_moe", num_experts=32)
+    done = prune(folder, tmp_path / "out", settings(text, keep=30, how=how))
+    old, new = open_source(folder), open_source(tmp_path / "out")
+    gate = "model.layers.0.mlp.gate.weight"
+    assert (old.shape(gate), new.shape(gate)) == ((32, 32), (30, 32)) and done.after == 30
+    assert load_model(tmp_path / "out")[0].config.num_experts == 30

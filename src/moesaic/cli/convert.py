@@ -216,4 +216,9 @@ def command(
     size = f"{written.parameters / 1e6:,.1f} M parameters, {written.nbytes / 1e6:,.0f} MB"
     print(f"wrote {to}: {size}" + (f" in {written.shards} files" if written.shards > 1 else ""))
     if method in ("split", "distill", "upcycle"):
-        print(f"what it keeps of the dense model: moesaic eval {to} --against {teacher or model}")
+        dense = teacher or model
+        print("what it keeps of the dense model:")
+        if dense.endswith(".gguf"):  # eval reads folders
+            print(f"moesaic convert {dense} --to {to}-dense --method dense")
+            dense = f"{to}-dense"
+        print(f"moesaic eval {to} --against {dense}")

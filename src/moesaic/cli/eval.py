@@ -61,6 +61,12 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the perplexity of our model, or of any causal language model of transformers on disk; or run tasks."""
+    for path in (model, against):
+        if path.endswith(".gguf"):
+            raise UsageError(
+                f"eval reads folders, not {path!r}: write it as one by moesaic convert {path} --to DENSE --method "
+                "dense, and give DENSE"
+            )
     adapted = None
     if adapter:
         from moesaic.adapters.merging import load_adapted

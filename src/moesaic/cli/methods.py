@@ -215,8 +215,8 @@ def _prune(model: str, out: Path, fields: dict[str, Any], shard_bytes: int) -> t
     made = prune(model, out, settings, say=_say, shard_bytes=shard_bytes)
     kept = _mean([layer.kept for layer in made.layers.values()])
     return [
-        f"of {made.before} experts a layer {made.after} stay, which took {kept:.1%} of the tokens; the others were "
-        + ("merged into them" if settings.how == "merge" else "dropped")
+        f"of {made.before} experts a layer {made.after} stay, which had {kept:.1%} of the routed slots; the others "
+        + ("were merged into them" if settings.how == "merge" else "were dropped")
     ], made
 
 

@@ -15,7 +15,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """transformers' ``model_type`` of the supported architectures."""
 ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 """``hidden_act`` of a gated feed-forward to our expert activation."""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+"""How configurations of transformers call the number of a mixture's experts."""
+# Buffers that old checkpoints hold, and every model computes itself.
+_COMPUTED = (".rotary_emb.inv_freq",)
 _KEPT = (
     "vocab_size",
     "hidden_size",
@@ -105,7 +108,8 @@ def check_dense(source: TensorSource) -> DenseModel:
 
     Raises:
         UnsupportedError: for a mixture of experts, another architecture, or a setting of it that our model lacks; the
-            message says what is supported.
+            message says what is supported. Also for a stored tensor that the configuration does not tell of, such as a
+            bias: it would be lost.
         CheckpointError: where a tensor is missing or has another shape than the configuration says.
     """
     config, where = source.config, repr(str(source.path))
@@ -137,7 +141,7 @@ def check_dense(source: TensorSource) -> DenseModel:
 
 def is_moe(source: TensorSource) -> bool:
     """Whether the model has experts, by its configuration."""
-    return any(isinstance(count := getattr(source.config, name, None), int) and count > 0 for name in _EXPERTS)
+    return any(isinstance(count := getattr(source.config, name, None), int) and count > 0 for name in EXPERT_COUNTS)
 
 
 def _check_tensors(model: DenseModel) -> None:
@@ -156,6 +160,12 @@ def _check_tensors(model: DenseModel) -> None:
         if shape is not None and source.shape(name) != shape:
             raise CheckpointError(
                 f"{str(source.path)!r} has {name} of shape {list(source.shape(name))}, configured is {list(shape)}"
+            )
+    for name in source.names:
+        if name not in wanted and name != "lm_head.weight" and not name.endswith(_COMPUTED):
+            raise UnsupportedError(
+                f"{str(source.path)!r} holds {name}, which its configuration ({source.config.model_type}) does not "
+                "tell of: it would be lost"
             )
 
 

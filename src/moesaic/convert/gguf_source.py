@@ -82,6 +82,27 @@ class GgufSource(TensorSource):
             raise UnsupportedError(f"{where} is a mixture of experts: give its safetensors folder to --method prune")
         if any(name.startswith("rope_factors") or name == "rope_freqs.weight" for name in stored):
             raise UnsupportedError(f"{where} has rescaled rotary frequencies: give the model's safetensors folder")
+        if (scaling := self._rope_scaling(reader)) != "none":
+            raise UnsupportedError(
+                f"{where} has rescaled rotary frequencies (rope.scaling.type {scaling}): give the model's safetensors "
+                "folder"
+            )
+        nameless = [name for name in sorted(stored) if transformers_name(name) is None]
+        if nameless:
+            raise UnsupportedError(f"{where} holds {nameless[0]}, which no {self._architecture} that is supported has")
+
+    def _rope_scaling(self, reader: Any) -> str:
+        """What llama.cpp would take it for: a factor without a type is linear scaling."""
+
+        def told(name: str) -> Any:
+            field = reader.fields.get(f"{self._architecture}.{name}")
+            return None if field is None else field.contents()
+
+        kind = told("rope.scaling.type")
+        if kind is not None:
+            return str(kind)
+        factors = [told(name) for name in ("rope.scaling.factor", "rope.scale_linear")]
+        return "linear" if any(factor not in (None, 0, 1) for factor in factors) else "none"
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._tensor(name).shape))
@@ -109,6 +130,10 @@ class GgufSource(TensorSource):
             tensor = by_pair.transpose(1, 2).reshape(tensor.shape)
             tensor = tensor if rows is None else tensor[rows].clone()
         return tensor
+
+    def _sample(self, name: str) -> bytes:
+        stored = self._tensor(name).data.reshape(-1).view(np.uint8)
+        return b"".join(stored[place].tobytes() for place in sample_places(stored.size))
 
     def _interleaved_heads(self, name: str) -> int:
         if self._architecture != "llama":

@@ -57,10 +57,14 @@ class PrunedTensors:
             made[number] = self.part(part, number)
         return made
 
+    def router_axis(self, shape: Sequence[int]) -> int:
+        """Which axis of a router's tensor counts the experts: the first of their number, also where D is the same."""
+        return list(shape).index(self.block.num_experts)
+
     def router(self, source: TensorSource, name: str) -> Tensor:
         """A tensor of the router with one row or entry for each new expert."""
         old = source.read(name)
-        axis = list(old.shape).index(self.block.num_experts)
+        axis = self.router_axis(old.shape)
         rows = old.movedim(axis, 0)
         made = [self._row(rows, group) for group in self.groups]
         return torch.stack(made).movedim(0, axis).contiguous()
@@ -85,18 +89,19 @@ def pruned_outputs(source: TensorSource, layers: Mapping[int, PrunedTensors]) ->
     made: dict[str, Output | None] = {}
     for layer in layers.values():
         for name in layer.block.router:
-            shape = tuple(len(layer.groups) if n == layer.block.num_experts else n for n in source.shape(name))
-            made[name] = Output(name, shape, source.dtype(name), partial(layer.router, source, name))
+            shape = list(source.shape(name))
+            shape[layer.router_axis(shape)] = len(layer.groups)
+            made[name] = Output(name, tuple(shape), source.dtype(name), partial(layer.router, source, name))
         for part in layer.experts.parts:
-            shape, dtype = layer.experts.shape(part), layer.experts.dtype(part)
+            each, dtype = layer.experts.shape(part), layer.experts.dtype(part)
             if layer.experts.fused:
                 name = layer.experts.name(part, 0)
-                made[name] = Output(name, (len(layer.groups), *shape), dtype, partial(layer.fused, part))
+                made[name] = Output(name, (len(layer.groups), *each), dtype, partial(layer.fused, part))
                 continue
             for number in range(layer.block.num_experts):
                 name = layer.experts.name(part, number)
                 is_there = number < len(layer.groups)
-                made[name] = Output(name, shape, dtype, partial(layer.part, part, number)) if is_there else None
+                made[name] = Output(name, each, dtype, partial(layer.part, part, number)) if is_there else None
     outputs = (
         made.get(name, Output(name, source.shape(name), source.dtype(name), partial(source.read, name)))
         for name in source.names

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from moesaic.convert.activations import read_text
-from moesaic.convert.dense import is_moe
+from moesaic.convert.dense import EXPERT_COUNTS, is_moe
 from moesaic.convert.grouping import FloatArray, Groups, best, clusters, distances, join_nearest
 from moesaic.convert.pruned_tensors import PrunedTensors, pruned_outputs
 from moesaic.convert.source import SafetensorsSource, TensorSource, open_source
@@ -44,7 +44,6 @@ CRITERIA = ("reap", "usage", "similarity")
 SIMILARITIES = ("outputs", "weights")
 MIN_ROWS = 16
 """Fewest tokens that an expert must have, in the mean, for the text to say something about it."""
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _TOP_KS = ("num_experts_per_tok", "moe_k", "top_k_experts")
 _CHOICE = "choice.json"
 _TOKENS_AT_ONCE = 4096
@@ -269,7 +268,7 @@ def _gated(config: PretrainedConfig) -> bool:
 
 def _config(config: PretrainedConfig, before: int, keep: int) -> PretrainedConfig:
     new = copy.deepcopy(config)
-    for name in _COUNTS:
+    for name in EXPERT_COUNTS:
         if getattr(new.get_text_config(), name, None) == before:
             setattr(new.get_text_config(), name, keep)
     return new

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -80,9 +80,11 @@ def write_model(
         say: called with a line of text before each shard.
 
     Raises:
-        CheckpointError: where ``folder`` exists, or holds an unfinished conversion with other settings.
+        CheckpointError: where ``folder`` exists, or holds an unfinished conversion with other settings; and before
+            anything is written, where the tokenizer of a ``.gguf`` file cannot be loaded.
         UsageError: where it cannot be written.
     """
+    tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from and tokenizer_from.suffix == ".gguf" else None
     with partial_folder(folder, settings) as partial:
         shards = _shards(outputs, shard_bytes)
         resumed, weight_map = 0, {}
@@ -100,8 +102,10 @@ def write_model(
             index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
             (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
         config.save_pretrained(partial)
-        if tokenizer_from is not None:
-            _write_tokenizer(tokenizer_from, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        elif tokenizer_from is not None:
+            _copy_tokenizer(tokenizer_from, partial)
         kept = {NOTE, _INDEX, _SINGLE} | set(weight_map.values())
         _finish(partial, folder, kept)
     parameters = sum(int(torch.Size(output.shape).numel()) for output in outputs)
@@ -123,8 +127,8 @@ def partial_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     told = json.loads(json.dumps(dict(settings)))
     _check_note(partial, told)
     try:
-        if not partial.exists():
-            partial.mkdir(parents=True)
+        if _is_new(partial):
+            partial.mkdir(parents=True, exist_ok=True)
             _replace_text(partial / NOTE, json.dumps(told, indent=2) + "\n")
         yield partial
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
@@ -160,8 +164,22 @@ def save_atomically(tensors: Mapping[str, Tensor], path: Path) -> None:
         making.unlink(missing_ok=True)
 
 
+def load_kept(path: Path) -> dict[str, Tensor]:
+    """What an earlier start has left in the subfolder ``work``.
+
+    Raises:
+        CheckpointError: where the file is damaged; the message says what to remove to have it made again.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: {error}; remove {str(path.parent)!r}, and the same command makes it again"
+        ) from error
+
+
 def _check_note(partial: Path, settings: dict[str, Any]) -> None:
-    if not partial.exists():
+    if _is_new(partial):
         return
     anew = f"to begin anew, remove {str(partial)!r}"
     try:
@@ -175,6 +193,13 @@ def _check_note(partial: Path, settings: dict[str, Any]) -> None:
             f"{str(partial)!r} holds an unfinished conversion with other settings ({name}: {noted.get(name)!r} there, "
             f"{settings.get(name)!r} now): give the same ones to go on; {anew}"
         )
+
+
+def _is_new(partial: Path) -> bool:
+    """Whether nothing is there, or only what a kill before the note has left."""
+    if not partial.exists():
+        return True
+    return partial.is_dir() and all(path.name.startswith(f".{NOTE}.") for path in partial.iterdir())
 
 
 def _shards(outputs: Sequence[Output], most: int) -> list[list[Output]]:
@@ -214,10 +239,7 @@ def _write_shard(shard: Sequence[Output], path: Path) -> None:
     save_atomically(tensors, path)
 
 
-def _write_tokenizer(source: Path, folder: Path) -> None:
-    if source.suffix == ".gguf":
-        load_tokenizer(source).save_pretrained(folder)
-        return
+def _copy_tokenizer(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name.startswith(_COPIED):
             shutil.copyfile(path, folder / path.name)
@@ -226,13 +248,14 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _finish(partial: Path, folder: Path, files: set[str]) -> None:
-    shutil.rmtree(partial / "work", ignore_errors=True)
     for path in partial.glob("model*.safetensors"):  # shards of a start with another shard size
         if path.name not in files:
             path.unlink()
-    for path in partial.glob(".model*"):  # what a kill has left
-        path.unlink()
+    for left in (".model*", f".{NOTE}.*"):  # by a kill
+        for path in partial.glob(left):
+            path.unlink()
     partial.rename(folder)
+    shutil.rmtree(folder / "work", ignore_errors=True)  # only now: a kill before would have made it to be done again
 
 
 def _replace_text(path: Path, text: str) -> None:
