@@ -14,7 +14,7 @@ from tests.convert.models import byte_tokenizer, dense_folder, dense_model, save
 
 from moesaic.convert import TensorSource, open_source
 from moesaic.convert.meter import metered
-from moesaic.convert.source import load_tokenizer
+from moesaic.convert.source import load_tokenizer, sample_places
 from moesaic.errors import CheckpointError, MissingDependencyError
 from moesaic.hf.load import load_model
 
@@ -53,6 +53,47 @@ def test_rows_come_in_memory_of_their_own(folder: Path) -> None:
         assert torch.equal(source.read(name), whole)
         del part
     assert (meter.alive, meter.peak) == (0, whole.numel() * 4 + 4 * 32 * 4)
+
+
+def test_content_is_that_of_every_tensor_and_not_of_the_path(tmp_path: Path) -> None:
+    model = dense_model()
+    one = save(model, tmp_path / "one")
+    content = open_source(one).content()
+    shards = save(model, tmp_path / "shards", max_shard_size="20KB")
+    shutil.copytree(one, tmp_path / "copy")
+    assert open_source(shards).content() == open_source(tmp_path / "copy").content() == content
+    state = load_file(one / "model.safetensors")
+    for name, tensor in state.items():
+        changed = {**state, name: tensor.clone()}
+        changed[name].view(-1)[-1] += 1
+        save_file(changed, one / "model.safetensors", metadata={"format": "pt"})
+        assert open_source(one).content() != content, name
+    save_file(state, one / "model.safetensors", metadata={"format": "pt"})
+    assert open_source(one).content() == content
+    config = json.loads((one / "config.json").read_text())
+    (one / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert open_source(one).content() != content
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 5000, 100_000])
+def test_places_that_are_sampled(size: int) -> None:
+    first, middle, last = sample_places(size)
+    assert first == slice(0, min(4096, size)) and last.stop == size
+    assert all(0 <= each.start <= each.stop <= size and each.stop - each.start <= 4096 for each in (middle, last))
+    assert abs((middle.start + middle.stop) / 2 - size / 2) <= 1
+
+
+@pytest.mark.parametrize("part", ["dtype", "shape", "data_offsets"])
+def test_a_header_that_lacks_something_is_damaged(folder: Path, part: str) -> None:
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    del header["model.norm.weight"][part]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    with pytest.raises(CheckpointError, match=f"does not say the {part} of the tensor model.norm.weight"):
+        open_source(folder)
 
 
 def test_bfloat16_stays_and_fingerprints_tell_bases_apart(tmp_path: Path) -> None:

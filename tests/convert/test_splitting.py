@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.convert.models import SIZES, byte_tokenizer, dense_folder
 from tests.convert.test_calibration import text_folder
 from torch import Tensor
@@ -225,8 +226,68 @@ def test_goes_on_where_it_stopped(
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
+def interrupted(path: Path, out: Path, options: SplitSettings) -> Path:
+    """A split that was stopped after its calibration; its folder ``work``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            split(path, out, options)
+    return partial_path(out) / "work"
+
+
+def test_another_model_or_text_is_refused_to_go_on_with(tmp_path: Path, data: tuple[str, ...]) -> None:
+    path, out = dense_folder(tmp_path / "dense"), tmp_path / "out"
+    (tmp_path / "words.txt").write_text("one two three " * 200)
+    options = settings((f"prose={tmp_path / 'words.txt'}",))
+    interrupted(path, out, options)
+    (tmp_path / "words.txt").write_text("one two four! " * 200)
+    with pytest.raises(
+        CheckpointError, match=r"unfinished conversion with other settings \(text: 'v1:.* to begin anew"
+    ):
+        split(path, out, options)
+    (tmp_path / "words.txt").write_text("one two three " * 200)
+    state = load_file(path / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"with other settings \(content: 'v1:"):
+        split(path, out, options)
+
+
+@pytest.mark.parametrize("file", ["hidden.safetensors", "layer-00001.safetensors"])
+def test_what_an_earlier_start_left_damaged_is_told(tmp_path: Path, data: tuple[str, ...], file: str) -> None:
+    path, out = dense_folder(tmp_path / "dense"), tmp_path / "out"
+    work = interrupted(path, out, settings(data))
+    (work / file).write_bytes((work / file).read_bytes()[:-5])
+    (work / "layer-00000.safetensors").unlink()  # so that the calibration goes on
+    if file.startswith("layer"):
+        (work / "hidden.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{file}' is damaged: .*; remove '.*work', and the same command makes"):
+        split(path, out, settings(data))
+    shutil.rmtree(work)
+    split(path, out, settings(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "told"),
+    [
+        ("1.self_attn.o_proj", float("nan"), r"what enters the feed-forward of layer 2 \(model.layers.1\)"),
+        ("0.mlp.up_proj", 1e38, r"the hidden neurons of layer 1 \(model.layers.0\)"),
+    ],
+)
+def test_a_model_that_is_not_finite_is_refused(
+    tmp_path: Path, data: tuple[str, ...], name: str, factor: float, told: str
+) -> None:
+    path = dense_folder(tmp_path / "dense")
+    state = load_file(path / "model.safetensors")
+    state[f"model.layers.{name}.weight"] *= factor
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{told} is not finite .* damaged, or too large for float32"):
+        split(path, tmp_path / "out", settings(data))
+
+
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"experts": 16, "tokens": 500}, DataError, r"too short for 16 experts: it has 500 tokens, at least 512"),
+    ({"sequence_length": 129}, ConfigError, r"sequence_length is 129: the model reads at most 128 tokens at once"),
     ({"experts": 49}, ConfigError, r"experts is 49 and shared is 0: of 48 .* leaves an expert empty; .* up to 48"),
     ({"shared": 46}, ConfigError, r"experts is 4 and shared is 46: of 48 hidden neurons this leaves an expert empty"),
     ({"experts": 5}, ConfigError, r"cannot be cut into 5 experts of one size: shared may be 3"),

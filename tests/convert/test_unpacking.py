@@ -42,6 +42,22 @@ def test_what_a_configuration_does_not_say_is_said(tmp_path: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32"
 
 
+def test_an_interrupted_start_goes_on_with_the_same_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = dense_folder(tmp_path / "dense")
+    monkeypatch.setattr("moesaic.convert.writing._finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(path, tmp_path / "out")
+    monkeypatch.undo()
+    other = dense_folder(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"with other settings \(model: 'v1:"):
+        unpack(other, tmp_path / "out")
+    path.rename(tmp_path / "moved")
+    assert unpack(tmp_path / "moved", tmp_path / "out").resumed == 1
+
+
 def test_what_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     dense_folder(tmp_path / "dense")

@@ -129,6 +129,7 @@ def test_other_settings_are_refused(dense: Path, tmp_path: Path) -> None:
 def test_what_is_in_the_way(tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial_path(out).mkdir()
+    (partial_path(out) / "mine").touch()
     with pytest.raises(CheckpointError, match=r"out.partial' is in the way, .* remove"):
         check_output(out, SETTINGS)
     (tmp_path / "file").write_text("")
@@ -142,6 +143,38 @@ def test_what_is_in_the_way(tmp_path: Path) -> None:
         patch.setattr("os.access", lambda *_: False)  # who runs the tests may be allowed everything
         with pytest.raises(UsageError, match="shut' is not a folder that may be written to"):
             check_output(tmp_path / "shut" / "out", SETTINGS)
+
+
+@pytest.mark.parametrize("left", [None, ".conversion.json.123"])
+def test_a_kill_before_the_note_is_no_conversion(tmp_path: Path, dense: Path, left: str | None) -> None:
+    out = tmp_path / "out"
+    partial_path(out).mkdir()
+    if left:
+        (partial_path(out) / left).touch()
+    check_output(out, SETTINGS)
+    Copy(dense).write(out)
+    assert json.loads((out / "conversion.json").read_bytes()) == SETTINGS
+    assert not list(out.glob(".*"))
+
+
+def test_work_goes_after_the_model_is_in_its_place(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with partial_folder(out, SETTINGS) as partial:
+        (partial / "work").mkdir()
+        (partial / "work" / "found").touch()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Copy(dense).write(out)
+    assert (partial / "work" / "found").is_file()
+    monkeypatch.undo()
+    Copy(dense).write(out)
+    assert not (out / "work").exists()
 
 
 def test_a_full_disk_is_told_in_one_line(dense: Path, tmp_path: Path) -> None:

@@ -6,22 +6,22 @@ T tokens · D model width · F hidden neurons · B passages at once · S their l
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
 from moesaic.convert.dense import DenseModel
 from moesaic.convert.source import EMBEDDING, TensorSource, load_tokenizer
-from moesaic.convert.writing import save_atomically
+from moesaic.convert.writing import load_kept, save_atomically
 from moesaic.data import split_corpus
-from moesaic.errors import DataError
+from moesaic.errors import CheckpointError, DataError
 from moesaic.experts.activations import ACTIVATIONS
 from moesaic.inspect.passages import cut_passages, read_documents
 
@@ -44,6 +44,14 @@ class CalibrationText:
     def names(self) -> tuple[str, ...]:
         """The domains there are, sorted."""
         return tuple(sorted(set(self.domains)))
+
+    def digest(self) -> str:
+        """``"v1:"`` and 32 hexadecimal digits of all token ids, where passages begin, and their domains."""
+        digest = hashlib.blake2b(repr([len(each) for each in self.passages]).encode(), digest_size=16)
+        digest.update(repr(self.domains).encode())
+        for passage in self.passages:
+            digest.update(passage.contiguous().numpy().tobytes())
+        return f"v1:{digest.hexdigest()}"
 
     def domain_ids(self) -> Tensor:
         """``[T]`` int64: the place in ``names`` of each token's domain."""
@@ -99,15 +107,34 @@ class FeedForward:
         self.gate = self.up = self.down = self.inputs = self.before = torch.empty(0)
 
     def hidden(self, rows: slice) -> Tensor:
-        """``[T', F]`` float32: the hidden neurons for some of the tokens."""
+        """``[T', F]`` float32: the hidden neurons for some of the tokens.
+
+        Raises:
+            CheckpointError: where one is not finite.
+        """
         x_TD = self.inputs[rows]
         both_TG = torch.cat([F.linear(x_TD, self.gate), F.linear(x_TD, self.up)], dim=1)
-        return ACTIVATIONS.get(self.activation).apply(both_TG).float()
+        hidden_TF = ACTIVATIONS.get(self.activation).apply(both_TG).float()
+        check_finite(hidden_TF, self.layer, "the hidden neurons", both_TG.dtype)
+        return hidden_TF
 
     def chunks(self) -> Iterator[slice]:
         """Rows of the tokens that are computed together."""
         for start in range(0, len(self.inputs), _TOKENS_AT_ONCE):
             yield slice(start, min(start + _TOKENS_AT_ONCE, len(self.inputs)))
+
+
+def check_finite(values: Tensor, layer: int, what: str, dtype: torch.dtype) -> None:
+    """Refuse a model that computes NaN or infinity.
+
+    Raises:
+        CheckpointError: where a value is not finite.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise CheckpointError(
+            f"{what} of layer {layer + 1} (model.layers.{layer}) is not finite on the calibration text: weights there "
+            f"or before are damaged, or too large for {str(dtype).removeprefix('torch.')}"
+        )
 
 
 @torch.no_grad()
@@ -122,10 +149,13 @@ def feed_forwards(
     Args:
         keep: a file for the hidden states, which takes their place after each layer; where it is there already, the
             first layer is the one after the last that was done with.
+
+    Raises:
+        CheckpointError: where ``keep`` is damaged, or the model computes NaN or infinity.
     """
     length = max(len(passage) for passage in text.passages)
     is_token = torch.stack([torch.arange(length) < len(passage) for passage in text.passages])
-    kept = load_file(keep) if keep is not None and keep.is_file() else None
+    kept = load_kept(keep) if keep is not None and keep.is_file() else None
     hidden_BSD, first = (_embed(model, text), 0) if kept is None else (kept["hidden"].clone(), int(kept["layers"]))
     del kept
     one = _OneLayer(model)
@@ -143,6 +173,7 @@ def feed_forwards(
                 inputs.append(x_BSD[is_token[rows]])
             found = FeedForward(layer, *weights, torch.cat(inputs), before_TD, model.activation)
             del weights, inputs, before_TD, x_BSD
+            check_finite(found.inputs, layer, "what enters the feed-forward", model.dtype)
             yield found
             found.release()
             if keep is not None:

@@ -48,6 +48,8 @@ class Neurons:
 
     def of(self, chosen: Ints) -> Neurons:
         """The same of the chosen neurons only."""
+        if len(chosen) == self.marks.shape[1]:
+            return self
         index = torch.from_numpy(chosen)
         per_neuron = {"marks": self.marks[:, index], "shares": self.shares[:, index], "rates": self.rates[:, index]}
         return replace(self, gate=self.gate[index], up=self.up[index], **per_neuron)
@@ -75,7 +77,10 @@ def observe(
     many = max(1, round(MARKED * len(length_F)))
     step = -(-len(layer.inputs) // _SAMPLED)
     counts_PF = torch.zeros(domains, len(length_F))
-    marks, shares = [], []
+    sampled = len(range(0, len(layer.inputs), step))
+    marks = torch.empty(sampled, len(length_F), dtype=torch.bool)
+    shares = torch.empty(sampled, len(length_F))
+    done = 0
     for rows in layer.chunks():
         output_TF = layer.hidden(rows).abs_() * length_F
         active = output_TF.topk(many, dim=1).indices
@@ -83,14 +88,15 @@ def observe(
         counts_PF.index_add_(0, domain_ids[rows], marks_TF.float())
         sample = slice((-rows.start) % step, None, step)
         squares_MF = output_TF[sample].square()
-        marks.append(marks_TF[sample])
-        shares.append(squares_MF / squares_MF.sum(dim=1, keepdim=True).clamp(min=1e-30))
+        here = slice(done, done := done + len(squares_MF))
+        marks[here] = marks_TF[sample]
+        shares[here] = squares_MF.div_(squares_MF.sum(dim=1, keepdim=True).clamp(min=1e-30))
     tokens_P1 = torch.bincount(domain_ids, minlength=domains).unsqueeze(1)
     return Neurons(
         layer.gate,
         layer.up,
-        torch.cat(marks),
-        torch.cat(shares),
+        marks,
+        shares,
         (layer.inputs if features is None else features)[::step],
         domain_ids[::step],
         counts_PF / tokens_P1.clamp(min=1),

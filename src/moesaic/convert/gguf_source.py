@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from moesaic.convert.source import TensorSource
+from moesaic.convert.source import TensorSource, sample_places
 from moesaic.errors import CheckpointError, MissingDependencyError, UnsupportedError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

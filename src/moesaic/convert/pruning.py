@@ -6,6 +6,7 @@ T tokens · D model width · E experts · M experts that stay · K experts of a 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from moesaic.errors import ConfigError, DataError, UnsupportedError, did_you_mea
 from moesaic.experts import ACTIVATIONS
 from moesaic.hf.load import model_folder
 from moesaic.hf.placement import MoEBlock, moe_blocks
+from moesaic.hf.save import check_new
 from moesaic.inspect.folder import HELD_OUT
 from moesaic.inspect.likeness import cosines
 from moesaic.inspect.metrics import slot_counts
@@ -175,10 +177,12 @@ def prune(
     experts = {block.number: StoredExperts(source, block, _gated(source.config)) for block in blocks}
     keep = _keep(source, settings, blocks)
     _check_mergeable(source, settings, experts)
-    told = {"method": "prune", "model": str(model), "structure": source.structure(), **asdict(settings)}
-    told["data"] = list(settings.data)
+    check_new(out)
+    measured = load_trace(settings.trace) if settings.trace else _text(source, settings, blocks[0].num_experts)
+    told = {"method": "prune", "model": source.content(), **asdict(settings), "data": list(settings.data)}
+    told["trace" if settings.trace else "text"] = _digest(measured)
     check_output(out, told)
-    choice = _chosen(out, told, partial(_choose, source, blocks, experts, keep, settings, say))
+    choice = _chosen(out, told, partial(_choose, source, blocks, experts, keep, settings, measured, say))
     layers = {}
     for block in blocks:
         own = choice["layers"][str(block.number)]
@@ -295,21 +299,20 @@ def _choose(
     experts: Mapping[int, StoredExperts],
     keep: int,
     settings: PruneSettings,
+    measured: RoutingTrace | Tensor,
     say: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """The tokens that were looked at, and of each layer its groups and how often each expert was taken."""
     points: dict[int, Tensor] = {}
-    if settings.trace is not None:
-        trace = load_trace(settings.trace)
-        tokens = trace.num_tokens
-        counts = {block.number: _traced(trace, block) for block in blocks}
+    if isinstance(measured, RoutingTrace):
+        tokens = measured.num_tokens
+        counts = {block.number: _traced(measured, block) for block in blocks}
         scores = counts
     else:
         streamed = StreamedModel(source, blocks)
-        rows_NS = _text(source, settings, blocks[0].num_experts)
-        batches = rows_NS.split(max(1, _TOKENS_AT_ONCE // rows_NS.shape[1]))
+        batches = measured.split(max(1, _TOKENS_AT_ONCE // measured.shape[1]))
         uses = measure_use(streamed, blocks, batches, outputs=settings.needs_outputs, say=say)
-        tokens = rows_NS.numel()
+        tokens = measured.numel()
         counts = {number: use.counts_E.numpy() for number, use in uses.items()}
         scores = {
             number: use.reap_E.numpy() if settings.by == "reap" else counts[number] for number, use in uses.items()
@@ -321,6 +324,18 @@ def _choose(
         groups = _groups(settings, scores[number], counts[number], keep, stored, points.get(number))
         layers[str(number)] = {"groups": groups, "counts": counts[number].tolist()}
     return {"tokens": tokens, "layers": layers}
+
+
+def _digest(measured: RoutingTrace | Tensor) -> str:
+    """Of the token ids, or of the experts that a trace has for each layer."""
+    if isinstance(measured, Tensor):
+        arrays = [(0, measured.numpy())]
+    else:
+        arrays = [(layer.number, layer.expert_ids) for layer in measured.layers]
+    digest = hashlib.blake2b(digest_size=16)
+    for number, array in arrays:
+        digest.update(repr((number, array.shape, str(array.dtype))).encode() + array.tobytes())
+    return f"v1:{digest.hexdigest()}"
 
 
 def _text(source: TensorSource, settings: PruneSettings, experts: int) -> Tensor:

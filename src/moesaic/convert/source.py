@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -37,6 +38,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _HASHED_ROWS = 4096
+_SAMPLE_BYTES = 4096
+_NO_CONTENT = ("_name_or_path", "name_or_path", "transformers_version")
+"""Of a configuration, what says nothing about the model."""
 
 
 class TensorSource(ABC):
@@ -105,6 +109,32 @@ class TensorSource(ABC):
                 digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
         return f"v1:{digest.hexdigest()}"
 
+    def content(self) -> str:
+        """``"v1:"`` and 32 hexadecimal digits of the configuration, and of every tensor's name, shape, dtype and stored
+        bytes, of these the first, middle and last 4 KiB: whether this is the model that a conversion was begun with.
+
+        The same for a copy elsewhere, in whatever shards; another one after any training of all values.
+
+        Raises:
+            CheckpointError: where a file cannot be read.
+        """
+        config = {name: value for name, value in self.config.to_dict().items() if name not in _NO_CONTENT}
+        digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+        for name in sorted(self.names):
+            digest.update(repr((name, self.shape(name), str(self.dtype(name)))).encode())
+            digest.update(self._sample(name))
+        return f"v1:{digest.hexdigest()}"
+
+    @abstractmethod
+    def _sample(self, name: str) -> bytes:
+        """The first, middle and last bytes of a tensor as it is stored."""
+
+
+def sample_places(size: int) -> tuple[slice, ...]:
+    """Which of ``size`` bytes tell a tensor's content: the first, middle and last 4 KiB."""
+    starts = (0, max(0, (size - _SAMPLE_BYTES) // 2), max(0, size - _SAMPLE_BYTES))
+    return tuple(slice(start, min(start + _SAMPLE_BYTES, size)) for start in starts)
+
 
 def open_source(path: str | Path) -> TensorSource:
     """A model on disk as its tensors: a folder with safetensors (one file, or shards with an index), the folder of a
@@ -156,8 +186,13 @@ class SafetensorsSource(TensorSource):
         self._folder = self.tokenizer_from = model_folder(path)
         self.config = load_config(path)
         self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        self._from_end: dict[str, tuple[int, int]] = {}  # where a tensor's bytes are, counted from the file's end
         for file in self._files():
-            for name, entry in read_header(self._folder / file).items():
+            header = read_header(self._folder / file)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            for name, entry in header.items():
+                start, stop = entry["data_offsets"]
+                self._from_end[name] = (start - end, stop - start)
                 self._entries[name] = (file, tuple(entry["shape"]), _dtype(name, entry["dtype"]))
         self.names = tuple(self._entries)
 
@@ -202,6 +237,20 @@ class SafetensorsSource(TensorSource):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{str(file)!r} is damaged: {error}") from error
 
+    def _sample(self, name: str) -> bytes:
+        file = self._folder / self._entry(name)[0]
+        start, size = self._from_end[name]
+        pieces = []
+        try:
+            with file.open("rb") as opened:
+                begin = opened.seek(0, os.SEEK_END) + start
+                for place in sample_places(size):
+                    opened.seek(begin + place.start)
+                    pieces.append(opened.read(place.stop - place.start))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{str(file)!r} is damaged: {error}") from error
+        return b"".join(pieces)
+
 
 def read_header(file: Path) -> dict[str, Any]:
     """What a safetensors file says of each of its tensors: ``dtype``, ``shape`` and ``data_offsets``.
@@ -215,12 +264,15 @@ def read_header(file: Path) -> dict[str, Any]:
             if length > file.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header: dict[str, Any] = json.loads(opened.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                if lacks := [part for part in ("dtype", "shape", "data_offsets") if part not in entry]:
+                    raise ValueError(f"its header does not say the {lacks[0]} of the tensor {name}")
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if file.stat().st_size != 8 + length + end:
                 raise ValueError(f"it has {file.stat().st_size} bytes instead of {8 + length + end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{str(file)!r} is damaged: {error}") from error
-    header.pop("__metadata__", None)
     return header
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moesaic.convert.activations import CalibrationText, FeedForward, feed_forwards, read_text, token_embeddings
@@ -20,9 +19,10 @@ from moesaic.convert.cutting import Plan, outputs_of
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.routers import GateFit, align, contributions, explained
 from moesaic.convert.source import open_source
-from moesaic.convert.writing import Written, check_output, partial_folder, save_atomically, write_model
+from moesaic.convert.writing import Written, check_output, load_kept, partial_folder, save_atomically, write_model
 from moesaic.errors import ConfigError, DataError, did_you_mean
 from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.save import check_new
 from moesaic.routing.options import is_of
 
 TOKENS_PER_EXPERT = 32
@@ -126,7 +126,7 @@ def split(
     """
     settings = settings or SplitSettings()
     dense, plan, text = check_split(model, out, settings, say)
-    note = _note(dense, settings)
+    note = _note(dense, settings, text)
     with partial_folder(Path(out), note) as partial:
         work = partial / "work"
         work.mkdir(exist_ok=True)
@@ -153,7 +153,8 @@ def check_split(
     """Refuse, before any work, what :func:`split` would refuse; gives what it goes on with. Raises as that does."""
     dense = check_dense(open_source(model))
     plan = plan_split(dense.d_ff, settings)
-    check_output(Path(out), _note(dense, settings))
+    check_new(out)
+    _check_length(dense, settings)
     if say is not None:
         say("reading the calibration text")
     text = read_text(
@@ -163,6 +164,7 @@ def check_split(
         sequence_length=settings.sequence_length,
         held_out=settings.held_out,
     )
+    check_output(Path(out), _note(dense, settings, text))
     if len(text) < (least := TOKENS_PER_EXPERT * settings.experts):
         raise DataError(
             f"the calibration text is too short for {settings.experts} experts: it has {len(text)} tokens, at least "
@@ -213,8 +215,18 @@ def plan_split(d_ff: int, settings: SplitSettings) -> Plan:
     return Plan(experts, width, top_k, shared)
 
 
-def _note(dense: DenseModel, settings: SplitSettings) -> dict[str, Any]:
-    return {"method": "split", "model": dense.source.fingerprint(), **asdict(settings), "data": list(settings.data)}
+def _check_length(dense: DenseModel, settings: SplitSettings) -> None:
+    longest = getattr(dense.source.config, "max_position_embeddings", None)
+    if longest and settings.sequence_length > longest:
+        raise ConfigError(
+            f"sequence_length is {settings.sequence_length}: the model reads at most {longest} tokens at once "
+            "(max_position_embeddings)"
+        )
+
+
+def _note(dense: DenseModel, settings: SplitSettings, text: CalibrationText) -> dict[str, Any]:
+    told = {"method": "split", "model": dense.source.fingerprint(), **asdict(settings), "data": list(settings.data)}
+    return {**told, "content": dense.source.content(), "text": text.digest()}
 
 
 def _config(dense: DenseModel, plan: Plan, settings: SplitSettings) -> MoesaicConfig:
@@ -254,7 +266,7 @@ def _wanted(files: Sequence[Path]) -> Tensor | None:
     """``[T, E]``: how much the experts of these layers contribute, together; None for no layers."""
     wanted_TE = None
     for file in files:
-        target_TE = load_file(file)["target"]
+        target_TE = load_kept(file)["target"]
         wanted_TE = target_TE if wanted_TE is None else wanted_TE + target_TE
     return wanted_TE
 
@@ -296,7 +308,7 @@ def _cut(
 
 def _figures(work: Path, layers: int, name: str) -> tuple[float, ...]:
     """What the calibration found for each layer; nothing where it did not look."""
-    found = [load_file(_layer_file(work, layer)) for layer in range(layers)]
+    found = [load_kept(_layer_file(work, layer)) for layer in range(layers)]
     return tuple(float(each[name]) for each in found if name in each)
 
 

@@ -29,10 +29,11 @@ def unpack(
 
     Raises:
         CheckpointError, UnsupportedError: where ``model`` cannot be read, or is not such a model.
-        UsageError: where ``out`` exists or cannot be written.
+        CheckpointError: where ``out`` exists, or holds another unfinished conversion.
+        UsageError: where ``out`` cannot be written.
     """
     out, source = Path(out), open_source(model)
-    settings = {"method": "dense", "model": str(model), "fingerprint": source.structure()}
+    settings = {"method": "dense", "model": source.content()}
     check_output(out, settings)
     check_dense(source)
     outputs = [

@@ -174,7 +174,7 @@ def upcycle(
     dense = check_dense(open_source(model))
     experts = settings.experts(getattr(dense.source.config, "initializer_range", 0.02))
     config = experts.config(dense)
-    told = {"method": "upcycle", "model": dense.source.fingerprint(), **settings.told()}
+    told = {"method": "upcycle", "model": dense.source.content(), **settings.told()}
     check_output(Path(out), told)
     outputs = [copied(dense, name) for name in dense.outside()]
     for layer in range(dense.num_layers):
