@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tests.convert.models import dense_folder
 from tests.convert.test_calibration import text_folder
+from torch import Tensor
 
 from moesaic.convert import DistillSettings, SplitSettings, distill, split
+from moesaic.convert import distilling as module
+from moesaic.convert.lessons import Lessons
 from moesaic.convert.writing import partial_path
 from moesaic.data import prepare
 from moesaic.errors import CheckpointError, ConfigError, Interrupted
@@ -118,6 +121,53 @@ def test_interrupted_in_the_warm_start(student: Path, dense: Path, data: tuple[s
     assert made.steps == 12
 
 
+def test_killed_while_it_is_written(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock no second training ends like the first one: all shards must be of one."""
+    options, out = settings(data, tokens=None, minutes=0.02, loss="taid"), tmp_path / "out"
+    learned: dict[str, Tensor] = {}
+    plain = module._learn
+
+    def learn(lessons: Lessons, *rest: Any) -> list[float]:
+        losses = plain(lessons, *rest)
+        learned.update({name: value.clone() for name, value in lessons.student.state_dict().items()})
+        return losses
+
+    def killed(line: str) -> None:
+        if line.startswith("writing") and "(2 of" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_learn", learn)
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, dense, out, options, say=killed, shard_bytes=20_000)
+    expected, said = dict(learned), []
+    made = distill(student, dense, out, options, say=said.append, shard_bytes=20_000)
+    assert made.written.resumed == 1 and made.written.shards > 2 and made.steps >= 1
+    assert "learning is over: writing" in said and not any(line.startswith("step") for line in said)
+    found = {name: value for file in out.glob("model-*.safetensors") for name, value in load_file(file).items()}
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_warm_start_that_is_too_short_becomes_longer(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    made = distill(student, dense, tmp_path / "out", settings(data, warm_start=8, sequence_length=8), say=said.append)
+    assert set(made.refit) == {0, 1}
+    assert "the warm start takes 24 tokens instead of 8: its layers need as many" in said
+
+
+def test_no_warm_start_where_the_text_is_too_short(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "tokens_needed", lambda student: 10**9)
+    said: list[str] = []
+    made = distill(student, dense, tmp_path / "out", settings(data), say=said.append)
+    assert made.steps == 12 and not made.refit
+    assert any(line.startswith("no warm start: its layers need 1000000000 tokens, the text has") for line in said)
+
+
 def test_without_a_warm_start_and_by_the_clock(
     student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -132,6 +182,9 @@ def test_models_that_do_not_go_together(student: Path, dense: Path, data: tuple[
     other = dense_folder(tmp_path / "other", hidden_size=16)
     with pytest.raises(CheckpointError, match="hidden_size is 32 there and 16 in the teacher"):
         distill(student, other, out, settings(data))
+    stranger = dense_folder(tmp_path / "stranger", seed=5, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"was not made of .*: their embeddings differ"):
+        distill(student, stranger, out, settings(data))
     out.mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         distill(student, dense, out, settings(data))

@@ -64,11 +64,12 @@ def test_gradients_are_those_of_the_whole_loss(monkeypatch: pytest.MonkeyPatch, 
     whole = copy.deepcopy(student)
     found = lessons(student, teacher, loss, labels=labels)
     ids = found.passages(["code", "prose", "code", "prose"])
-    mean, excess = found._backward(ids)
+    mean, own, excess = found._backward(ids)
     logits, theirs = whole(ids[:, :-1]), teacher(ids[:, :-1]).logits.detach().flatten(0, 1)
     ours = logits.logits.flatten(0, 1)
     target = TARGETS.get(loss)().losses(ours, theirs).mean()
     entropy = F.cross_entropy(ours, ids[:, 1:].flatten(), reduction="none")
+    assert own == pytest.approx(target.item() if labels < 1 else 0.0, rel=1e-5)
     expected = (1 - labels) * target + labels * entropy.mean()
     assert mean == pytest.approx(expected.item(), rel=1e-5)
     (expected + logits.aux_loss).backward()
@@ -127,6 +128,31 @@ def test_goes_on_exactly(tmp_path: Path) -> None:
     assert [resumed.take().loss for _ in range(3)] == expected
     for name, value in student.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_the_target_is_told_its_own_loss() -> None:
+    student, teacher = pair()
+    found = lessons(student, teacher, "taid", labels=0.9)
+    ids = lessons(copy.deepcopy(student), teacher, "taid").passages(["code", "prose", "code", "prose"])
+    ours, theirs = (model(ids[:, :-1]).logits.detach().flatten(0, 1) for model in (student, teacher))
+    expected = TARGETS.get("taid")().losses(ours, theirs).mean()
+    mixed = found.take().loss
+    assert found.target.state()["before"] == pytest.approx(expected.item(), rel=1e-4)
+    assert abs(mixed - expected) > 0.1
+
+
+def test_what_is_finished_stays_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = {"now": 100.0}
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock["now"])
+    student, teacher = pair()
+    found = lessons(student, teacher, budget_tokens=None, budget_seconds=50.0)
+    clock["now"] += 20
+    found.finish()
+    found.save(tmp_path / "state.safetensors")
+    again = lessons(copy.deepcopy(student), teacher, budget_tokens=None, budget_seconds=50.0)
+    again.load(tmp_path / "state.safetensors")
+    clock["now"] += 5
+    assert again.finished and again.progress == 1 and again.seconds == found.seconds == 20
 
 
 def test_time_is_a_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,15 @@ from moesaic.errors import ConfigError
 
 def test_shares_follow_the_excess() -> None:
     mixture = ExcessLossMixture({"code": 1, "prose": 3}, rate=0.5, smoothing=0.2)
-    raw = {"code": 0.25, "prose": 0.75}
+    shares = {"code": 0.25, "prose": 0.75}
     known = {"code": 0.0, "prose": 0.0}
     for excess in ({"code": 1.5}, {"prose": -0.3}, {"code": 0.2, "prose": 0.9}):
         mixture.after_step(excess)
         known.update({name: max(0.0, value) for name, value in excess.items()})
-        raised = {name: raw[name] * math.exp(0.5 * known[name]) for name in raw}
+        raised = {name: shares[name] * math.exp(0.5 * known[name]) for name in shares}
         raw = {name: value / sum(raised.values()) for name, value in raised.items()}
-        expected = {"code": 0.8 * raw["code"] + 0.2 * 0.25, "prose": 0.8 * raw["prose"] + 0.2 * 0.75}
-        assert mixture.shares == pytest.approx(expected)
+        shares = {"code": 0.8 * raw["code"] + 0.2 * 0.25, "prose": 0.8 * raw["prose"] + 0.2 * 0.75}
+        assert mixture.shares == pytest.approx(shares)
     assert sum(mixture.shares.values()) == pytest.approx(1)
 
 
@@ -31,6 +31,19 @@ def test_a_huge_excess_leaves_the_others_their_first_part() -> None:
     assert mixture.shares == pytest.approx({"a": 0.95, "b": 0.05})
     mixture.after_step({"a": 0.0, "b": 1.0})
     assert all(share > 0 for share in mixture.shares.values())
+
+
+def test_turns_round_soon() -> None:
+    """However long one domain was ahead."""
+    mixture = ExcessLossMixture({"a": 1, "b": 1})
+    for _ in range(1000):
+        mixture.after_step({"a": 1.0, "b": 0.0})
+    assert mixture.shares["a"] > 0.55
+    steps = 0
+    while mixture.shares["a"] > mixture.shares["b"]:
+        mixture.after_step({"a": 0.0, "b": 1.0})
+        steps += 1
+    assert steps < 10
 
 
 def test_without_a_rate_shares_stay() -> None:

@@ -12,6 +12,7 @@ from tests.convert.test_calibration import text_folder
 from torch import Tensor
 
 from moesaic.convert import SplitSettings, check_dense, open_source, split
+from moesaic.convert import refitting as module
 from moesaic.convert.refitting import refit
 from moesaic.convert.teacher import load_dense
 from moesaic.errors import DataError
@@ -121,6 +122,30 @@ def test_one_router_for_all_layers(dense: Path, tmp_path: Path) -> None:
     student, teacher = both(dense, tmp_path / "out", pre_gating="stack")
     reached = refit(student, teacher, passages(24))
     assert set(reached) == {0, 1} and all(each.after < each.before for each in reached.values())
+
+
+def test_under_autocast_the_fit_is_float32(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = both(dense, tmp_path / "out")
+    plain, grams, hiddens = module._hidden, [], []
+    solve = torch.linalg.solve
+
+    def hidden(*args: Any) -> Tensor:
+        hiddens.append(plain(*args))
+        return hiddens[-1]
+
+    def solved(gram: Tensor, missing: Tensor) -> Tensor:
+        grams.append(gram)
+        return solve(gram, missing)
+
+    monkeypatch.setattr(module, "_hidden", hidden)
+    monkeypatch.setattr(torch.linalg, "solve", solved)
+    monkeypatch.setattr(module, "_count", lambda stream_TD: torch.ones(len(stream_TD), 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        refit(student, teacher, passages(), ridge=0.0)
+    for gram, found in zip(grams, hiddens[::2], strict=True):
+        assert found.dtype == torch.float32
+        expected = found.double().T @ found.double()
+        torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_too_few_tokens_are_refused(dense: Path, tmp_path: Path) -> None:

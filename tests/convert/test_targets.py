@@ -82,6 +82,14 @@ def test_taid_schedule() -> None:
     assert target.t == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("losses", [(0.0, 1e-6), (-1e-15, 1e-6), (1e-12, 5.0, 0.0), (5.0, 0.0, -1e-7, 3.0)])
+def test_taid_with_losses_of_nothing(losses: tuple[float, ...]) -> None:
+    target = TAID()
+    for step, loss in enumerate(losses):
+        target.after_step(loss, step / 10)
+        assert target.start <= target.t <= target.end and abs(target.momentum) <= 1
+
+
 def test_taid_goes_on() -> None:
     first, second = TAID(), TAID()
     second.load(first.state())  # before any step

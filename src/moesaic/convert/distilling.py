@@ -14,8 +14,8 @@ from torch import Tensor
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.lessons import Lessons, Told
 from moesaic.convert.mixture import ExcessLossMixture
-from moesaic.convert.refitting import Refit, refit
-from moesaic.convert.source import TensorSource, open_source
+from moesaic.convert.refitting import Refit, refit, tokens_needed
+from moesaic.convert.source import EMBEDDING, TensorSource, open_source
 from moesaic.convert.targets import TARGETS, Target
 from moesaic.convert.teacher import load_dense
 from moesaic.convert.writing import Output, Written, check_output, partial_folder, write_model
@@ -31,6 +31,7 @@ TRAINED = ("all", "ffn")
 MIXTURES = ("excess", "even", "tokens")
 SAVE_SECONDS = 300.0
 """Between two saves."""
+_ROWS = 4096
 Say = Callable[[str], None]
 
 
@@ -51,7 +52,7 @@ class DistillSettings:
         sequence_length, batch_size: tokens of a passage, passages a step.
         learning_rate: the highest; it falls linearly to 0.
         warm_start: tokens on which the experts' down projections are first fitted to the dense model's layers; 0 for
-            none.
+            none. More where the layers need more; none where the text has not as many.
         precision: auto, fp32 or bf16, of the products; weights stay float32 while they are trained.
         seed: of the order of the passages.
     """
@@ -131,8 +132,8 @@ def distill(
     First the experts' down projections are fitted layer by layer (:func:`moesaic.convert.refitting.refit`); then all
     weights but embedding and head learn the teacher's distributions of the next token, within the budget.
 
-    On SIGINT or SIGTERM the step is finished and saved; it is saved every five minutes too. The same call goes on from
-    there. ``<out>.partial`` holds what is saved until ``out`` is written.
+    On SIGINT or SIGTERM the step is finished and saved; it is saved every five minutes too, and when learning is over.
+    The same call goes on from there. ``<out>.partial`` holds what is saved until ``out`` is written.
 
     Args:
         student: what :func:`moesaic.convert.split` or :func:`moesaic.convert.upcycle` has written.
@@ -195,8 +196,22 @@ def check_distill(
                 f"{str(student)!r} was not made of {str(teacher)!r}: {name} is {getattr(ours, name)} there and "
                 f"{getattr(theirs, name)} in the teacher"
             )
+    if not _same_embedding(source, dense.source):
+        raise CheckpointError(
+            f"{str(student)!r} was not made of {str(teacher)!r}: their embeddings differ, and neither splitting nor "
+            "distilling changes them; the teacher must be the dense model that the student was made of"
+        )
     check_output(Path(out), _note(source, dense, settings))
     return source, dense
+
+
+def _same_embedding(ours: TensorSource, theirs: TensorSource) -> bool:
+    """Whether they are equal, or one is the other one rounded."""
+    for start in range(0, ours.shape(EMBEDDING)[0], _ROWS):
+        one, other = (source.read(EMBEDDING, slice(start, start + _ROWS)) for source in (ours, theirs))
+        if not (torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)):
+            return False
+    return True
 
 
 def _note(source: TensorSource, dense: DenseModel, settings: DistillSettings) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def _begin(
     )
     if (saved := work / "state.safetensors").is_file():
         lessons.load(saved)
-        say(f"going on after step {lessons.step}")
+        say("learning is over: writing" if lessons.finished else f"going on after step {lessons.step}")
         return lessons, {}
     if settings.warm_start == 0:
         return lessons, {}
@@ -249,8 +264,14 @@ def _begin(
 
 
 def _warm(lessons: Lessons, settings: DistillSettings, work: Path, stop: StopRequest, say: Say) -> dict[int, Refit]:
-    """Fit the experts to the dense layers, and save."""
-    passages = -(-settings.warm_start // settings.sequence_length)
+    """Fit the experts to the dense layers, and save; nothing where the text is too short for it."""
+    tokens = max(settings.warm_start, needed := tokens_needed(lessons.student))
+    if lessons.text_tokens < needed:
+        say(f"no warm start: its layers need {needed} tokens, the text has {lessons.text_tokens}")
+        return {}
+    if tokens > settings.warm_start:
+        say(f"the warm start takes {tokens} tokens instead of {settings.warm_start}: its layers need as many")
+    passages = -(-tokens // settings.sequence_length)
     ids_BT = lessons.passages(lessons.mixture.draw(passages))
 
     def before(layer: int) -> None:
@@ -270,7 +291,8 @@ def _warm(lessons: Lessons, settings: DistillSettings, work: Path, stop: StopReq
 
 
 def _learn(lessons: Lessons, work: Path, stop: StopRequest, say: Say) -> list[float]:
-    """Steps until the budget is spent; the losses."""
+    """Steps until the budget is spent; the losses. The end is saved before anything is written of what was learned, so
+    that all shards of the model are of one training, however often the writing begins."""
     losses: list[float] = []
     saved = said = time.monotonic()
     while lessons.progress < 1:
@@ -289,6 +311,9 @@ def _learn(lessons: Lessons, work: Path, stop: StopRequest, say: Say) -> list[fl
         if now - saved > SAVE_SECONDS:
             saved = now
             lessons.save(work / "state.safetensors")
+    if not lessons.finished:
+        lessons.finish()
+        lessons.save(work / "state.safetensors")
     return losses
 
 

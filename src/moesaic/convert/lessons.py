@@ -92,8 +92,10 @@ class Lessons:
             name: Batches({name: ids}, sequence_length=sequence_length, batch_size=1, seed=seed)
             for name, ids in tokens.items()
         }
+        self.text_tokens = sum(len(ids) for ids in tokens.values())
         self.step = self.tokens = 0
         self._seconds, self._began = seconds, time.monotonic()
+        self.finished = False
         self.places = dict.fromkeys(self._streams, 0)
         self.trained = {}
         for name, parameter in student.named_parameters():
@@ -109,15 +111,23 @@ class Lessons:
 
     @property
     def seconds(self) -> float:
-        """Spent so far, those of earlier starts too."""
+        """Spent so far, those of earlier starts too; no more after :meth:`finish`."""
+        if self.finished:
+            return self._seconds
         return self._seconds + time.monotonic() - self._began
 
     @property
     def progress(self) -> float:
-        """Which share of the budget is spent, 0 to 1."""
+        """Which share of the budget is spent, 0 to 1; 1 after :meth:`finish`."""
+        if self.finished:
+            return 1.0
         if self.budget_tokens is not None:
             return min(1.0, self.tokens / self.budget_tokens)
         return min(1.0, self.seconds / self.budget_seconds) if self.budget_seconds else 1.0
+
+    def finish(self) -> None:
+        """Learning is over: what is saved and loaded from now on stays over, whatever the clock says."""
+        self._seconds, self.finished = self.seconds, True
 
     def take(self) -> Told:
         """One step.
@@ -132,7 +142,7 @@ class Lessons:
             group["lr"] = self.learning_rate * warmed * (1 - progress)
         domains = self.mixture.draw(self.batch_size)
         ids_BT = self.passages(domains)
-        loss, excess_B = self._backward(ids_BT)
+        loss, own_loss, excess_B = self._backward(ids_BT)
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of step {self.step + 1} is {loss}: try a lower learning rate")
         torch.nn.utils.clip_grad_norm_(self.trained.values(), _CLIP)
@@ -141,7 +151,8 @@ class Lessons:
         update_balancing(self.student)
         self.step += 1
         self.tokens += ids_BT[:, 1:].numel()
-        self.target.after_step(loss, self.progress)
+        if self.labels < 1:
+            self.target.after_step(own_loss, self.progress)
         own = {name: [x for x, domain in zip(excess_B, domains, strict=True) if domain == name] for name in domains}
         self.mixture.after_step({name: sum(values) / len(values) for name, values in own.items()})
         return Told(self.step, loss, sum(excess_B) / len(excess_B), self.tokens, self.seconds)
@@ -154,23 +165,25 @@ class Lessons:
             self.places[name] += 1
         return torch.cat(rows).to(next(self.student.parameters()).device)
 
-    def _backward(self, ids_BT: Tensor) -> tuple[float, list[float]]:
-        """Gradients of the mean loss; the loss, and each passage's mean excess loss."""
+    def _backward(self, ids_BT: Tensor) -> tuple[float, float, list[float]]:
+        """Gradients of the mean loss; the loss, the target's own part of it at full weight, and each passage's mean
+        excess loss."""
         inputs_BS, next_T = ids_BT[:, :-1], ids_BT[:, 1:].flatten()
         with autocast(ids_BT.device, self.precision):
             with torch.no_grad():
                 theirs_TD = self.teacher.model(input_ids=inputs_BS, use_cache=False).last_hidden_state.flatten(0, 1)
             ours_TD = self.student.model(input_ids=inputs_BS, use_cache=False).last_hidden_state.flatten(0, 1)
             cut_TD = ours_TD.detach().requires_grad_()
-            total, excess = 0.0, []
+            total, own, excess = 0.0, 0.0, []
             for start in range(0, len(cut_TD), _ROWS):
                 rows = slice(start, start + _ROWS)
                 student_TV = F.linear(cut_TD[rows].to(self._heads[0].dtype), self._heads[0])
                 with torch.no_grad():
                     teacher_TV = F.linear(theirs_TD[rows].to(self._heads[1].dtype), self._heads[1])
-                loss, excess_T = self._loss(student_TV, teacher_TV, next_T[rows])
+                loss, target, excess_T = self._loss(student_TV, teacher_TV, next_T[rows])
                 (loss / len(cut_TD)).backward()
                 total += loss.item() / len(cut_TD)
+                own += target.item() / len(cut_TD)
                 excess.append(excess_T)
         heads: list[tuple[Tensor, Tensor | None]] = [(ours_TD, cut_TD.grad)]
         if self._balances:
@@ -178,19 +191,21 @@ class Lessons:
             if balance.requires_grad:  # a balancer may act after the step only
                 heads.append((balance, None))
         torch.autograd.backward([head for head, _ in heads], [gradient for _, gradient in heads])
-        return total, torch.cat(excess).view(len(ids_BT), -1).mean(dim=1).tolist()
+        return total, own, torch.cat(excess).view(len(ids_BT), -1).mean(dim=1).tolist()
 
-    def _loss(self, student_TV: Tensor, teacher_TV: Tensor, next_T: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the tokens' losses, and ``[T]``: what the student's cross entropy exceeds the teacher's by."""
+    def _loss(self, student_TV: Tensor, teacher_TV: Tensor, next_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the tokens' losses, that of the target's own, and ``[T]``: what the student's cross entropy
+        exceeds the teacher's by."""
         ours_T = F.cross_entropy(student_TV.float(), next_T, reduction="none")
         with torch.no_grad():
             theirs_T = F.cross_entropy(teacher_TV.float(), next_T, reduction="none")
-        loss = ours_T.new_zeros(())
+        loss = target = ours_T.new_zeros(())
         if self.labels < 1:
-            loss = loss + (1 - self.labels) * self.target.losses(student_TV, teacher_TV).sum()
+            target = self.target.losses(student_TV, teacher_TV).sum()
+            loss = loss + (1 - self.labels) * target
         if self.labels > 0:
             loss = loss + self.labels * ours_T.sum()
-        return loss, ours_T.detach() - theirs_T
+        return loss, target.detach(), ours_T.detach() - theirs_T
 
     def _head(self, model: Any) -> Tensor:
         """The output matrix, ``[V, D]``, in the precision in which it is used."""
@@ -209,6 +224,7 @@ class Lessons:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "finished": self.finished,
             "places": self.places,
             "target": self.target.state(),
             "mixture": self.mixture.state(),
@@ -236,6 +252,7 @@ class Lessons:
                     self.optimizer.state[parameter] = {part: tensors[f"optimizer.{part}.{name}"] for part in parts}
             self.step, self.tokens = int(note["step"]), int(note["tokens"])
             self._seconds, self._began = float(note["seconds"]), time.monotonic()
+            self.finished = bool(note.get("finished", False))
             self.places = {name: int(note["places"][name]) for name in self._streams}
             self.target.load(note["target"])
             self.mixture.load(note["mixture"])

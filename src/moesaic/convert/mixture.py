@@ -14,7 +14,8 @@ class ExcessLossMixture:
     Mixtures Speeds Up Language Model Pretraining, section 2, algorithm 1, by Xie et al.).
 
     A step with mean excess losses λ, those below 0 counted as 0, multiplies each share by ``exp(rate λ)``; the shares
-    are then scaled to sum to 1, and mixed with ``smoothing`` of the first ones. There the reference is a small model
+    are then scaled to sum to 1, and mixed with ``smoothing`` of the first ones; the next step starts from these, so
+    that shares that were moved for long still turn round within a few steps. There the reference is a small model
     trained before and the shares weigh the loss of a proxy model; here it is the teacher, and passages are drawn by the
     shares, so that a domain that a step did not draw keeps its last known excess.
 
@@ -22,6 +23,9 @@ class ExcessLossMixture:
         shares: the first shares by domain, in any unit, all above 0.
         rate: η; 0 keeps the first shares.
         smoothing: c, from 0 to 1: the part of the first shares that always stays.
+
+    Attributes:
+        shares: the present shares; they sum to 1.
 
     Raises:
         ConfigError: for shares or settings out of range.
@@ -38,13 +42,8 @@ class ExcessLossMixture:
         self.first = {name: share / total for name, share in shares.items()}
         self.rate, self.smoothing = rate, smoothing
         self.excess = dict.fromkeys(self.first, 0.0)
-        self._raw = dict(self.first)
+        self.shares = dict(self.first)
         self._credit = dict.fromkeys(self.first, 0.0)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The present shares; they sum to 1."""
-        return {name: (1 - self.smoothing) * self._raw[name] + self.smoothing * self.first[name] for name in self.first}
 
     def draw(self, rows: int) -> list[str]:
         """The domains of the next ``rows`` passages: without chance, each as often as its shares add up to."""
@@ -62,17 +61,18 @@ class ExcessLossMixture:
         self.excess.update({name: max(0.0, value) for name, value in excess.items()})
         highest = max(self.excess.values())  # taken off first, or the exponential could be infinite
         raised = {
-            name: share * math.exp(self.rate * (self.excess[name] - highest)) for name, share in self._raw.items()
+            name: share * math.exp(self.rate * (self.excess[name] - highest)) for name, share in self.shares.items()
         }
         total = sum(raised.values())
-        self._raw = {name: max(share / total, 1e-12) for name, share in raised.items()}
+        own = {name: max(share / total, 1e-12) for name, share in raised.items()}
+        self.shares = {name: (1 - self.smoothing) * own[name] + self.smoothing * self.first[name] for name in own}
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load` takes to go on from here, as JSON can hold it."""
-        return {"raw": dict(self._raw), "credit": dict(self._credit), "excess": dict(self.excess)}
+        return {"shares": dict(self.shares), "credit": dict(self._credit), "excess": dict(self.excess)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self._raw, self._credit, self.excess = (
-            {name: float(state[part][name]) for name in self.first} for part in ("raw", "credit", "excess")
+        self.shares, self._credit, self.excess = (
+            {name: float(state[part][name]) for name in self.first} for part in ("shares", "credit", "excess")
         )

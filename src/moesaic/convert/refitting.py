@@ -47,6 +47,8 @@ def refit(
     weights to what they were, not to 0 (output reconstruction on the pruned model's own inputs, as pruning by layers
     does it: SparseGPT, section 3.1; here for experts that a router switches).
 
+    Under autocast the models run in its precision; what is fitted is float32.
+
     Layers that are no plain mixture (dense ones, experts with biases, of several sizes or kinds, several iterations)
     are passed over.
 
@@ -62,7 +64,7 @@ def refit(
     Raises:
         DataError: for too few tokens: fewer than a layer has hidden neurons that a token uses.
     """
-    used = max((_used(layer.mlp) for layer in student.model.layers if _is_plain(layer.mlp)), default=0)
+    used = tokens_needed(student)
     if ids_BS.numel() < used:
         raise DataError(
             f"the warm start has {ids_BS.numel()} tokens: a layer has {used} hidden neurons to fit, so at least {used} "
@@ -77,9 +79,16 @@ def refit(
             say(number)
         found = streams.advance(number)
         if _is_plain(layer.mlp):
-            reached[number] = _fit(layer.mlp, streams, found, ridge)
+            with torch.autocast(ids_BS.device.type, enabled=False):  # a Gram matrix squares the condition
+                reached[number] = _fit(layer.mlp, streams, found, ridge)
     student.train(was_training)
     return reached
+
+
+def tokens_needed(student: Any) -> int:
+    """The fewest tokens that :func:`refit` takes: the most hidden neurons that a token uses in one layer; 0 where there
+    is nothing to fit."""
+    return max((_used(layer.mlp) for layer in student.model.layers if _is_plain(layer.mlp)), default=0)
 
 
 @dataclass
@@ -110,7 +119,7 @@ class _Streams:
         said: list[Tensor] = []
 
         def note(mlp: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs.append(args[0].flatten(0, 1))
+            inputs.append(args[0].flatten(0, 1).float())
             said.append(output.flatten(0, 1).float())
             if isinstance(mlp, MoE) and mlp.last_routing is not None:
                 routing = mlp.last_routing
@@ -139,7 +148,7 @@ def _fit(mlp: MoE, streams: _Streams, found: _Found, ridge: float) -> Refit:
     """Least squares for one mixture; the student's stream becomes what it is with the new weights."""
     student_TD, teacher_TD = streams.student_BSD.flatten(0, 1), streams.teacher_BSD.flatten(0, 1).float()
     target_TD = teacher_TD - (student_TD - found.said_TD)
-    count_T1 = 1 / teacher_TD.square().mean(dim=1, keepdim=True).clamp(min=1e-6)
+    count_T1 = _count(teacher_TD)
     down_XD = _down(mlp)
     gram_XX = torch.zeros(len(down_XD), len(down_XD))
     missing_XD = torch.zeros_like(down_XD)
@@ -163,6 +172,11 @@ def _fit(mlp: MoE, streams: _Streams, found: _Found, ridge: float) -> Refit:
     after = ((target_TD - now_TD).square() * count_T1).sum() / total
     streams.student_BSD += (now_TD - found.said_TD).view_as(streams.student_BSD)
     return Refit(before.item(), after.item())
+
+
+def _count(stream_TD: Tensor) -> Tensor:
+    """``[T, 1]``: how much each token counts."""
+    return 1 / stream_TD.square().mean(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 def _is_plain(mlp: Any) -> bool:

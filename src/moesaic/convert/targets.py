@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from moesaic.errors import ConfigError
 from moesaic.registry import Registry
 
+_SMALLEST = 1e-6
+"""A loss, in nats, under which relative changes are rounding."""
+
 
 class Target:
     """A loss between the logits of student and teacher, which may change while the student learns."""
@@ -25,7 +28,8 @@ class Target:
         raise NotImplementedError
 
     def after_step(self, loss: float, progress: float) -> None:
-        """Told once after each optimizer step: its mean loss, and which share of the training is done, 0 to 1."""
+        """Told once after each optimizer step: the mean of its :meth:`losses`, and which share of the training is
+        done, 0 to 1."""
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load` takes to go on from here, as JSON can hold it."""
@@ -64,7 +68,8 @@ class TAID(Target):
     The target is ``softmax((1 - t) student + t teacher)`` of the logits, the student's without gradient. After a step
     with loss J, ``m = beta m + (1 - beta) (J_before - J) / J_before`` and ``t`` grows by
     ``alpha sigmoid(m) (1 - t)``, but not below the line from ``start`` to ``end``. As in the authors' code, the first
-    step only notes its loss.
+    step only notes its loss. Unlike there, the relative change is kept between -1 and 1, and a loss that rounding has
+    made negative counts as 0: a student that is already its teacher has losses of next to nothing to divide by.
 
     Args:
         start, end: ``t`` at first and at last. alpha: the largest step of ``t`` towards 1. beta: of the momentum.
@@ -84,10 +89,11 @@ class TAID(Target):
         return _kl(F.log_softmax(between_TV, dim=-1), F.log_softmax(student_TV.float(), dim=-1))
 
     def after_step(self, loss: float, progress: float) -> None:
+        loss = max(0.0, loss)
         if math.isfinite(self.before):
-            change = (self.before - loss) / (self.before + 1e-15)
+            change = max(-1.0, min(1.0, (self.before - loss) / max(self.before, _SMALLEST)))
             self.momentum = self.beta * self.momentum + (1 - self.beta) * change
-            step = self.alpha / (1 + math.exp(-self.momentum)) * (1 - self.t)
+            step = self.alpha * (1 + math.tanh(self.momentum / 2)) / 2 * (1 - self.t)  # tanh: a sigmoid for any m
             line = self.start + (self.end - self.start) * progress
             self.t = min(self.end, max(line, self.t + step))
         self.before = loss

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moesaic.convert.distilling import Distilled, DistillSettings, distill
-from moesaic.convert.source import open_source
+from moesaic.convert.source import load_tokenizer, open_source
 from moesaic.convert.splitting import Split, SplitSettings, split
-from moesaic.convert.writing import NOTE, Written
+from moesaic.convert.writing import NOTE, Written, partial_path
+from moesaic.data import Batches, prepare
 from moesaic.errors import CheckpointError
 from moesaic.hf.save import check_new
 
@@ -37,10 +39,13 @@ def split_and_distill(
     """:func:`moesaic.convert.split` the dense model at ``model`` into the folder ``<out>.split``, then teach that what
     the dense model says (:func:`moesaic.convert.distill`), into ``out``; the former is removed at the end.
 
-    Interrupted, the same call goes on.
+    Interrupted, the same call goes on. What the teaching would refuse (text that is shorter than a passage, an
+    ``<out>.partial`` in the way) is refused before the split.
 
     Raises:
-        CheckpointError: where ``out`` exists, or ``<out>.split`` is of another model or other settings.
+        CheckpointError: where ``out`` exists, ``<out>.split`` is of another model or other settings, or there is an
+            ``<out>.partial`` without it.
+        DataError: for text of which a domain is shorter than a passage.
         MoesaicError: as both of them do.
     """
     out = Path(out)
@@ -50,10 +55,30 @@ def split_and_distill(
     if begun.exists():
         _check_begun(begun, model, settings)
     else:
+        _check_teaching(model, out, teaching, say)
         made = split(model, begun, settings, say=say, shard_bytes=shard_bytes)
     distilled = distill(begun, model, out, teaching, say=say, shard_bytes=shard_bytes)
     shutil.rmtree(begun)
     return Taught(distilled.written, made, distilled)
+
+
+def _check_teaching(model: str | Path, out: Path, teaching: DistillSettings, say: Callable[[str], None] | None) -> None:
+    """Refuse what the distillation would refuse after the split."""
+    if (partial := partial_path(out)).exists():
+        raise CheckpointError(
+            f"{str(partial)!r} is in the way, it is of no split that is there to go on with: remove it to begin anew"
+        )
+    if say is not None:
+        say("reading the text")
+    tokenizer_from = open_source(model).tokenizer_from
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tokenizer_from
+        if tokenizer_from.suffix == ".gguf":
+            load_tokenizer(tokenizer_from).save_pretrained(scratch)
+            folder = Path(scratch)
+        text = prepare(teaching.data, tokenizer=str(folder), validation_fraction=teaching.held_out)
+    for name, ids in text.train.items():
+        Batches({name: ids}, sequence_length=teaching.sequence_length, batch_size=1, seed=teaching.seed)
 
 
 def _check_begun(begun: Path, model: str | Path, settings: SplitSettings) -> None:
