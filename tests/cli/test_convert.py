@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.convert.models import dense_folder, dense_model, save
 
 from moesaic.cli.main import run
-from moesaic.cli.methods import METHODS, RUN
+from moesaic.cli.methods import METHODS, RUN, _told_distilled
 from moesaic.hf.load import load_model
 
 Captured = pytest.CaptureFixture[str]
@@ -59,7 +60,7 @@ def convert(made: Path, out: Path, *words: str, model: str = "base") -> int:
 def test_what_must_be_the_same_model_is(
     made: Path, tmp_path: Path, words: list[str], says: str, capsys: Captured
 ) -> None:
-    data = ["--data", str(made / "a.txt"), "--tokens", "512"] if "split" in words else []
+    data = ["--data", str(made / "a.txt"), "--tokens", "512", "--sequence-length", "64"] if "split" in words else []
     assert convert(made, tmp_path / "out", *words, *data) == 0
     captured = capsys.readouterr()
     assert says in captured.out and f"wrote {tmp_path / 'out'}: " in captured.out
@@ -155,10 +156,21 @@ def test_prunes(made: Path, tmp_path: Path, how: str, capsys: Captured) -> None:
         (["--method", "split", "--experts", "100", "--data", "{made}/a.txt"], "leaves an expert empty"),
         (["--method", "split", "--active", "0.53", "--data", "{made}/a.txt"], "active is 0.53"),
         (
-            ["--method", "split", "--experts", "48", "--tokens", "60", "--data", "{made}/a.txt"],
+            [
+                "--method",
+                "split",
+                "--experts",
+                "48",
+                "--tokens",
+                "60",
+                "--sequence-length",
+                "64",
+                "--data",
+                "{made}/a.txt",
+            ],
             "too short for 48 experts",
         ),
-        (["--method", "split", "--data", "{made}/nothing"], "does not exist"),
+        (["--method", "split", "--sequence-length", "64", "--data", "{made}/nothing"], "does not exist"),
         (["--method", "dense", "--shard-gib", "0"], "--shard-gib is 0"),
     ],
 )
@@ -217,3 +229,10 @@ def test_a_gguf_file_is_written_out_before_it_is_compared(
     assert run(["eval", str(tmp_path / "out"), "--against", "base.gguf"]) == 2
     message = "eval reads folders, not 'base.gguf': write it as one by moesaic convert base.gguf --to DENSE --method"
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("first", "says"), [(float("nan"), "(a 100% at the end)"), (2.0, "loss 2.000 at first")])
+def test_a_start_that_took_no_step_tells_no_loss(first: float, says: str) -> None:
+    made = SimpleNamespace(shares={"a": 1.0}, seconds=60.0, steps=4, tokens=512, first=first, last=first)
+    told = _told_distilled(made)  # type: ignore[arg-type]
+    assert says in told and "nan" not in told

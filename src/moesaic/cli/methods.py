@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -178,9 +179,11 @@ def _teaching(fields: dict[str, Any]) -> DistillSettings:
 
 def _told_distilled(made: Distilled) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in made.shares.items())
+    # A start that only writes what an earlier one has learned saw no loss.
+    losses = "" if math.isnan(made.first) else f"; loss {made.first:.3f} at first, {made.last:.3f} at last"
     return (
         f"learned from the dense model for {made.seconds / 60:.1f} min: {made.steps} steps, {made.tokens:,} tokens "
-        f"({shares} at the end); loss {made.first:.3f} at first, {made.last:.3f} at last"
+        f"({shares} at the end){losses}"
     )
 
 
