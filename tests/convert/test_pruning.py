@@ -327,6 +327,14 @@ def test_an_interrupted_start_goes_on(tmp_path: Path, text: str, monkeypatch: py
     assert not (tmp_path / "few").exists()
     with pytest.raises(CheckpointError, match="unfinished conversion with other settings"):
         prune(folder, tmp_path / "few", settings(text, how="merge", by="usage"))
+    words = Path(text).read_text()
+    Path(text).write_text(words[::-1])
+    with pytest.raises(CheckpointError, match=r"with other settings \(text: 'v1:"):
+        prune(folder, tmp_path / "few", wanted)
+    Path(text).write_text(words)
+    other = mixture_folder(tmp_path / "other", "olmoe", seed=7)
+    with pytest.raises(CheckpointError, match=r"with other settings \(model: 'v1:"):
+        prune(other, tmp_path / "few", wanted)
     monkeypatch.setattr("moesaic.convert.pruning.measure_use", None)  # what was measured is not measured again
     done = prune(folder, tmp_path / "few", wanted, shard_bytes=20_000)
     assert done.written.resumed == 3

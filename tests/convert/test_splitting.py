@@ -184,6 +184,37 @@ def test_memory_is_the_largest_layer_and_a_shard(tmp_path: Path, data: tuple[str
     assert everything.meter.peak < 1.3 * largest + shard
 
 
+@pytest.mark.parametrize(
+    ("sizes", "way"),
+    [
+        ({"intermediate_size": 512}, {"shared": 64, "active": 0.5625}),
+        ({"intermediate_size": 512}, {"criterion": "coactivation"}),
+        ({"hidden_size": 256, "intermediate_size": 64}, {"pre_gating": "stack"}),
+        ({"intermediate_size": 64}, {"experts": 32}),
+    ],
+    ids=str,
+)
+def test_memory_of_a_whole_split_is_what_is_documented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], way: dict[str, Any]
+) -> None:
+    sampled, at_once, length, shard = 1024, 512, 100, 50_000
+    monkeypatch.setattr("moesaic.convert.criteria._SAMPLED", sampled)
+    monkeypatch.setattr("moesaic.convert.activations._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("moesaic.convert.routers._JUDGED", at_once // 2)
+    path = dense_folder(tmp_path / "dense", **sizes)
+    state = load_file(path / "model.safetensors")
+    largest = sum(tensor.numel() for name, tensor in state.items() if ".layers.0." in name) * 4
+    (tmp_path / "words.txt").write_text(" ".join(f"word {number * 7919 % 1000}" for number in range(2000)))
+    options = settings((f"prose={tmp_path / 'words.txt'}",), tokens=2000, sequence_length=length, **way)
+    with Allocated() as everything:
+        made = split(path, tmp_path / "out", options, shard_bytes=shard)
+    tokens, width = made.tokens, state["model.norm.weight"].numel()
+    calibration = (4 * 4 + 24) * tokens * width + 40 * tokens * options.experts
+    calibration += sizes["intermediate_size"] * (10 * min(tokens, sampled) + 24 * min(tokens, at_once))
+    assert tokens == 2000
+    assert 0.4 * calibration < everything.meter.peak < calibration + 1.3 * largest + shard
+
+
 def stop(*_: Any, **__: Any) -> Split:
     raise KeyboardInterrupt
 

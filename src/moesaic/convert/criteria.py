@@ -91,6 +91,7 @@ def observe(
         here = slice(done, done := done + len(squares_MF))
         marks[here] = marks_TF[sample]
         shares[here] = squares_MF.div_(squares_MF.sum(dim=1, keepdim=True).clamp(min=1e-30))
+        del output_TF, active, marks_TF, squares_MF  # before the next ones are computed
     tokens_P1 = torch.bincount(domain_ids, minlength=domains).unsqueeze(1)
     return Neurons(
         layer.gate,

@@ -109,8 +109,11 @@ def split(
     of Experts). Every neuron is in exactly one expert and the router is ``unit_topk``, whose weights begin at 1: with
     ``active=1`` it is the dense model's function. With fewer, quality comes back by :func:`moesaic.convert.distill`.
 
-    One decoder layer's weights are in memory at a time, and the hidden states of the text. An interrupted split goes on
-    where it stopped when it is started again with the same settings.
+    One decoder layer's weights are in memory at a time. The calibration has beside them, in bytes, at most
+    ``(4 b + 24) T D + 40 T E + F (10 min(T, 8192) + 24 min(T, 4096))``, with weights of b bytes: hidden states, routers
+    in float64, which neurons are active in a sample of the tokens, and the neurons of the tokens computed at once.
+
+    An interrupted split goes on where it stopped when it is started again with the same model, text and settings.
 
     Args:
         model: a folder or a ``.gguf`` file, see :func:`moesaic.convert.open_source`.
