@@ -7,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.hf import tiny
 from tests.hf.tiny import config_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from moesaic import MoesaicForCausalLM
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
+    **tiny.SIZES,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "bos_token_id": None,
     "eos_token_id": None,

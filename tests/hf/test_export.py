@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.hf.tiny import EXPERTS, SIZES
 from transformers import Qwen3MoeForCausalLM
 
 from moesaic import MoesaicConfig, MoesaicForCausalLM
@@ -36,23 +37,9 @@ PERMITTED: dict[str, dict[str, Any]] = {
 
 
 def model_of(**changes: Any) -> MoesaicForCausalLM:
-    sizes: dict[str, Any] = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
     torch.manual_seed(0)
     dtype = changes.pop("dtype", torch.float32)
-    return MoesaicForCausalLM(MoesaicConfig(**{**sizes, **changes})).to(dtype).eval()
+    return MoesaicForCausalLM(MoesaicConfig(**{**SIZES, **EXPERTS, **changes})).to(dtype).eval()
 
 
 def ids() -> torch.Tensor:

@@ -10,26 +10,23 @@ from transformers import PreTrainedModel
 
 from moesaic import MoesaicConfig, MoesaicForCausalLM
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
 
 def config_of(**changes: Any) -> MoesaicConfig:
-    sizes: dict[str, Any] = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return MoesaicConfig(**{**sizes, **changes})
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return MoesaicConfig(**{**SIZES, **EXPERTS, **ids, **changes})
 
 
 def model_of(**changes: Any) -> MoesaicForCausalLM:
