@@ -18,7 +18,7 @@ from moesaic.convert.activations import FeedForward, feed_forwards, read_text
 from moesaic.convert.criteria import CRITERIA, MARKED, Neurons, always_active, observe
 from moesaic.convert.meter import metered
 from moesaic.convert.routers import GateFit, align, contributions, explained
-from moesaic.errors import DataError
+from moesaic.errors import CheckpointError, DataError
 from moesaic.hf.load import load_model
 
 
@@ -36,7 +36,7 @@ def random_layer(tokens: int = 50, width: int = 8, hidden: int = 12, seed: int =
     gate, up = (torch.randn(hidden, width, generator=generator) for _ in range(2))
     down = torch.randn(width, hidden, generator=generator)
     inputs = torch.randn(tokens, width, generator=generator)
-    return FeedForward(0, gate, up, down, inputs, inputs, "swiglu")
+    return FeedForward(0, gate, up, down, inputs, "swiglu")
 
 
 def slow_hidden(layer: FeedForward, token: int, neuron: int) -> float:
@@ -60,10 +60,8 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, family: str, change
     text = read_text(dense.source, text_folder(tmp_path), tokens=400, sequence_length=50, held_out=0.3)
     whole = load_model(path)[0]
     entered: list[list[Tensor]] = [[] for _ in range(dense.num_layers)]
-    before: list[list[Tensor]] = [[] for _ in range(dense.num_layers)]
-    for layer, seen, outer in zip(whole.model.layers, entered, before, strict=True):
+    for layer, seen in zip(whole.model.layers, entered, strict=True):
         layer.mlp.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][0]))
-        layer.register_forward_pre_hook(lambda _, inputs, outer=outer: outer.append(inputs[0][0]))
     with torch.no_grad():
         for passage in text.passages:
             whole(passage[None])
@@ -72,7 +70,6 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, family: str, change
     with metered() as meter:
         for found in feed_forwards(dense, text, said.append):
             torch.testing.assert_close(found.inputs, torch.cat(entered[found.layer]), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found.before, torch.cat(before[found.layer]), rtol=1e-4, atol=1e-5)
     assert meter.peak < 1.3 * max(largest, 260 * 32 * 4)
     assert meter.alive == 0
     assert len(said) == dense.num_layers and text.names == ("code", "prose")
@@ -176,6 +173,19 @@ def test_domains_that_do_not_divide_the_experts() -> None:
     marks = torch.rand(90, 25, generator=torch.Generator().manual_seed(0)) < 0.3
     labels = CRITERIA.get("domain")(random_neurons(marks, torch.arange(90) % 3), 5, 2, 0)
     assert np.bincount(labels).tolist() == [5] * 5
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_squares_that_are_not_finite_are_refused(size: float) -> None:
+    layer = random_layer()
+    layer.down *= size
+    shared, members, choice = torch.tensor([1]), torch.tensor([[0, 2], [3, 11]]), torch.randn(50, 2)
+    with pytest.raises(CheckpointError, match=r"the square of the neurons' output of layer 1 \(.*\) is not finite"):
+        observe(layer, torch.zeros(50, dtype=torch.int64), 1)
+    with pytest.raises(CheckpointError, match=r"the square of an expert's output of layer 1 .* too large for float32"):
+        contributions(layer, members)
+    with pytest.raises(CheckpointError, match="the square of the feed-forward's output of layer 1"):
+        explained(layer, shared, members, choice, 1)
 
 
 def test_contributions_and_what_a_choice_explains() -> None:

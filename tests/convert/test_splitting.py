@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.convert.models import SIZES, byte_tokenizer, dense_folder
+from tests.convert.models import SIZES, byte_tokenizer, dense_folder, dense_model, save
 from tests.convert.test_calibration import text_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,6 +148,16 @@ def test_bfloat16_stays(tmp_path: Path, data: tuple[str, ...]) -> None:
     assert gap < 0.02
 
 
+def test_weights_of_several_precisions_become_one(tmp_path: Path, data: tuple[str, ...]) -> None:
+    path = dense_folder(tmp_path / "dense")
+    state = load_file(path / "model.safetensors")
+    is_kept = {name: "norm" in name or "embed" in name for name in state}
+    mixed = {name: tensor if is_kept[name] else tensor.bfloat16() for name, tensor in state.items()}
+    save_file(mixed, path / "model.safetensors", metadata={"format": "pt"})
+    split(path, tmp_path / "out", settings(data, pre_gating="stack"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
 class Allocated(TorchDispatchMode):
     """Bytes alive in all storages that any operation makes: an independent count."""
 
@@ -184,35 +195,47 @@ def test_memory_is_the_largest_layer_and_a_shard(tmp_path: Path, data: tuple[str
     assert everything.meter.peak < 1.3 * largest + shard
 
 
-@pytest.mark.parametrize(
-    ("sizes", "way"),
-    [
-        ({"intermediate_size": 512}, {"shared": 64, "active": 0.5625}),
-        ({"intermediate_size": 512}, {"criterion": "coactivation"}),
-        ({"hidden_size": 256, "intermediate_size": 64}, {"pre_gating": "stack"}),
-        ({"intermediate_size": 64}, {"experts": 32}),
-    ],
-    ids=str,
-)
+MEMORY: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"intermediate_size": 512}, {"shared": 64, "active": 0.5625}),
+    ({"intermediate_size": 512}, {"criterion": "coactivation", "shared": 64, "active": 0.5625}),
+    ({"intermediate_size": 512}, {"criterion": "domain"}),
+    ({"hidden_size": 256, "intermediate_size": 64}, {"pre_gating": "stack"}),
+    ({"hidden_size": 512, "intermediate_size": 64}, {"tokens": 128}),
+    ({"hidden_size": 128, "intermediate_size": 512}, {"criterion": "weight", "tokens": 128}),
+    ({"intermediate_size": 64}, {"experts": 32}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("sizes", "way"), MEMORY, ids=str)
 def test_memory_of_a_whole_split_is_what_is_documented(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], way: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], way: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    sampled, at_once, length, shard = 1024, 512, 100, 50_000
+    sampled, at_once, shard, itemsize = 1024, 512, 50_000, dtype.itemsize
     monkeypatch.setattr("moesaic.convert.criteria._SAMPLED", sampled)
     monkeypatch.setattr("moesaic.convert.activations._TOKENS_AT_ONCE", at_once)
     monkeypatch.setattr("moesaic.convert.routers._JUDGED", at_once // 2)
-    path = dense_folder(tmp_path / "dense", **sizes)
+    path = save(dense_model(**sizes).to(dtype), tmp_path / "dense")
     state = load_file(path / "model.safetensors")
-    largest = sum(tensor.numel() for name, tensor in state.items() if ".layers.0." in name) * 4
-    (tmp_path / "words.txt").write_text(" ".join(f"word {number * 7919 % 1000}" for number in range(2000)))
-    options = settings((f"prose={tmp_path / 'words.txt'}",), tokens=2000, sequence_length=length, **way)
+    largest = sum(tensor.numel() for name, tensor in state.items() if ".layers.0." in name) * itemsize
+    options = settings(uneven_text(tmp_path), **{"tokens": 2000, "sequence_length": 120, **way})
     with Allocated() as everything:
         made = split(path, tmp_path / "out", options, shard_bytes=shard)
-    tokens, width = made.tokens, state["model.norm.weight"].numel()
-    calibration = (4 * 4 + 24) * tokens * width + 40 * tokens * options.experts
-    calibration += sizes["intermediate_size"] * (10 * min(tokens, sampled) + 24 * min(tokens, at_once))
-    assert tokens == 2000
+    tokens, width, hidden = made.tokens, state["model.norm.weight"].numel(), sizes["intermediate_size"]
+    calibration = (3 * itemsize + 12) * tokens * width + 40 * tokens * options.experts
+    calibration += hidden * (10 * min(tokens, sampled) + 24 * min(tokens, at_once))
+    calibration += 24 * width**2 + (20 if options.criterion == "weight" else 4) * hidden * width
+    assert 0.9 * options.tokens < tokens <= options.tokens
     assert 0.4 * calibration < everything.meter.peak < calibration + 1.3 * largest + shard
+
+
+def uneven_text(folder: Path) -> tuple[str, ...]:
+    """Half of it in passages of 120 tokens, half of it in very short ones."""
+    words = [f"word {number * 7919 % 1000}" for number in range(1000)]
+    (folder / "long.txt").write_text(" ".join(words))
+    for number, word in enumerate(words[:125]):
+        (folder / f"{number}.txt").write_text(word)
+    return (f"prose={folder / 'long.txt'}", *(f"words={folder / f'{number}.txt'}" for number in range(125)))
 
 
 def stop(*_: Any, **__: Any) -> Split:
@@ -303,6 +326,7 @@ def test_what_an_earlier_start_left_damaged_is_told(tmp_path: Path, data: tuple[
     [
         ("1.self_attn.o_proj", float("nan"), r"what enters the feed-forward of layer 2 \(model.layers.1\)"),
         ("0.mlp.up_proj", 1e38, r"the hidden neurons of layer 1 \(model.layers.0\)"),
+        ("1.mlp.up_proj", 1e20, r"the square of the neurons' output of layer 2 \(model.layers.1\)"),
     ],
 )
 def test_a_model_that_is_not_finite_is_refused(
@@ -347,10 +371,29 @@ def test_what_cannot_be_split_is_refused_before_any_work(
     assert {entry.name for entry in tmp_path.iterdir()} == {"dense"}
 
 
-def test_one_domain_is_refused_for_the_criterion_domain(tmp_path: Path, data: tuple[str, ...]) -> None:
+def test_domains_that_are_too_few_or_too_short_for_their_criterion(tmp_path: Path, data: tuple[str, ...]) -> None:
     path = dense_folder(tmp_path / "dense")
     with pytest.raises(ConfigError, match=r"there are 1 \(prose\) and 4 experts; give data as DOMAIN=PATH"):
         split(path, tmp_path / "out", settings(data[:1], criterion="domain"))
+    (tmp_path / "note.txt").write_text("Too short. " * 4)
+    little = (data[0], f"note={tmp_path / 'note.txt'}")
+    with pytest.raises(DataError, match=r"domain note is too short for its 2 experts: it has 44 tokens, at least 64"):
+        split(path, tmp_path / "out", settings(little, criterion="domain"))
+    split(path, tmp_path / "out", settings(little))
+
+
+@pytest.mark.parametrize(("positions", "length"), [(40, 40), (512, 512), (1024, 512)])
+def test_passages_are_as_long_as_the_model_reads_unless_told(
+    tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, positions: int, length: int
+) -> None:
+    path = dense_folder(tmp_path / "dense", max_position_embeddings=positions)
+    options = settings(data, sequence_length=None)
+    interrupted(path, tmp_path / "out", options)
+    noted = json.loads((partial_path(tmp_path / "out") / "conversion.json").read_text())
+    assert noted["sequence_length"] == length
+    split(path, tmp_path / "out", settings(data, sequence_length=length))  # goes on
+    with pytest.raises(ConfigError, match=f"the model reads at most {positions} tokens at once"):
+        split(path, tmp_path / "other", settings(data, sequence_length=positions + 1))
 
 
 def test_models_and_folders_that_are_refused(tmp_path: Path, data: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,19 +93,18 @@ def read_text(
 @dataclass
 class FeedForward:
     """One layer's dense feed-forward, ``gate`` and ``up`` ``[F, D]`` and ``down`` ``[D, F]``, and what entered it:
-    ``inputs`` ``[T, D]``; ``before`` ``[T, D]`` entered the decoder layer as a whole."""
+    ``inputs`` ``[T, D]``."""
 
     layer: int
     gate: Tensor
     up: Tensor
     down: Tensor
     inputs: Tensor
-    before: Tensor
     activation: str
 
     def release(self) -> None:
         """Let go of all tensors: before the next layer is read."""
-        self.gate = self.up = self.down = self.inputs = self.before = torch.empty(0)
+        self.gate = self.up = self.down = self.inputs = torch.empty(0)
 
     def hidden(self, rows: slice) -> Tensor:
         """``[T', F]`` float32: the hidden neurons for some of the tokens.
@@ -130,7 +130,7 @@ def check_finite(values: Tensor, layer: int, what: str, dtype: torch.dtype) -> N
     Raises:
         CheckpointError: where a value is not finite.
     """
-    if not bool(torch.isfinite(values).all()):
+    if not all(math.isfinite(value) for value in map(float, values.aminmax())):  # of NaN both are NaN
         raise CheckpointError(
             f"{what} of layer {layer + 1} (model.layers.{layer}) is not finite on the calibration text: weights there "
             f"or before are damaged, or too large for {str(dtype).removeprefix('torch.')}"
@@ -144,7 +144,8 @@ def feed_forwards(
     """The feed-forward of each layer in turn, with what enters it; valid until the next one is asked for.
 
     transformers' own decoder layer computes, in the precision of the weights, with one layer's weights in memory and
-    the hidden states of all tokens. Passages are padded at their end to one length, which no token before it sees.
+    the hidden states of all tokens. Passages of like length go through it together, the shorter ones padded at their
+    end, which no token before it sees.
 
     Args:
         keep: a file for the hidden states, which takes their place after each layer; where it is there already, the
@@ -153,38 +154,49 @@ def feed_forwards(
     Raises:
         CheckpointError: where ``keep`` is damaged, or the model computes NaN or infinity.
     """
-    length = max(len(passage) for passage in text.passages)
-    is_token = torch.stack([torch.arange(length) < len(passage) for passage in text.passages])
     kept = load_kept(keep) if keep is not None and keep.is_file() else None
-    hidden_BSD, first = (_embed(model, text), 0) if kept is None else (kept["hidden"].clone(), int(kept["layers"]))
+    hidden_TD, first = (
+        (token_embeddings(model, text), 0) if kept is None else (kept["hidden"].clone(), int(kept["layers"]))
+    )
     del kept
     one = _OneLayer(model)
-    at_once = max(1, _TOKENS_AT_ONCE // length)
     try:
         for layer in range(first, model.num_layers):
             if say is not None:
                 say(f"layer {layer + 1} of {model.num_layers}: reading its activations")
-            weights = one.load(layer)
-            before_TD = hidden_BSD[is_token]
-            inputs = []
-            for start in range(0, len(hidden_BSD), at_once):
-                rows = slice(start, start + at_once)
-                hidden_BSD[rows], x_BSD = one.run(hidden_BSD[rows])
-                inputs.append(x_BSD[is_token[rows]])
-            found = FeedForward(layer, *weights, torch.cat(inputs), before_TD, model.activation)
-            del weights, inputs, before_TD, x_BSD
+            found = FeedForward(layer, *one.load(layer), torch.empty_like(hidden_TD), model.activation)
+            for places_BS, is_token_BS in _batches(text):
+                own = places_BS[is_token_BS]
+                after_BSD, x_BSD = one.run(hidden_TD[places_BS])
+                hidden_TD[own], found.inputs[own] = after_BSD[is_token_BS], x_BSD[is_token_BS]
+                del after_BSD, x_BSD  # before the next ones are computed
             check_finite(found.inputs, layer, "what enters the feed-forward", model.dtype)
             yield found
             found.release()
             if keep is not None:
-                save_atomically({"hidden": hidden_BSD, "layers": torch.tensor(layer + 1)}, keep)
+                save_atomically({"hidden": hidden_TD, "layers": torch.tensor(layer + 1)}, keep)
     finally:
         one.release()
 
 
+def _batches(text: CalibrationText) -> Iterator[tuple[Tensor, Tensor]]:
+    """Passages that are computed together: the places of their tokens in the text, ``[B, S]``, and which of these are
+    tokens; the others are padding."""
+    lengths = torch.tensor([len(passage) for passage in text.passages])
+    starts = lengths.cumsum(dim=0) - lengths
+    left = lengths.argsort(descending=True, stable=True)
+    while len(left):
+        longest = int(lengths[left[0]])
+        count = max(1, _TOKENS_AT_ONCE // longest)
+        own, left = left[:count], left[count:]
+        is_token_BS = torch.arange(longest) < lengths[own, None]
+        yield (starts[own, None] + torch.arange(longest)) * is_token_BS, is_token_BS
+
+
 def token_embeddings(model: DenseModel, text: CalibrationText) -> Tensor:
     """``[T, D]``: what enters the first layer."""
-    return torch.cat([row[: len(passage)] for row, passage in zip(_embed(model, text), text.passages, strict=True)])
+    known, places_T = torch.cat(text.passages).unique(return_inverse=True)
+    return embedding_rows(model.source, known).to(model.dtype)[places_T]
 
 
 def embedding_rows(source: TensorSource, ids: Tensor) -> Tensor:
@@ -195,13 +207,6 @@ def embedding_rows(source: TensorSource, ids: Tensor) -> Tensor:
         if len(here):
             parts.append(source.read(EMBEDDING, slice(start, start + _ROWS))[here - start])
     return torch.cat(parts)
-
-
-def _embed(model: DenseModel, text: CalibrationText) -> Tensor:
-    length = max(len(passage) for passage in text.passages)
-    ids_BS = torch.stack([F.pad(passage, (0, length - len(passage))) for passage in text.passages])
-    known, places = ids_BS.unique(return_inverse=True)
-    return embedding_rows(model.source, known)[places]
 
 
 class _OneLayer:

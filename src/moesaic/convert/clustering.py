@@ -17,6 +17,7 @@ from moesaic.errors import ConfigError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 _ROUNDS = 30
+_ROWS_AT_ONCE = 256
 _LEAST_GAIN = 1e-9
 
 
@@ -55,8 +56,9 @@ def _first_centers(x_FM: Tensor, clusters: int, seed: int) -> Ints:
     chosen = [int(random.integers(x_FM.shape[0]))]
     distance_F = np.full(x_FM.shape[0], np.inf)
     while len(chosen) < clusters:
-        away_F = (x_FM - x_FM[chosen[-1]]).square().sum(dim=1).double().numpy()
-        distance_F = np.minimum(distance_F, away_F)
+        center_M = x_FM[chosen[-1]]
+        away_F = torch.cat([(some_FM - center_M).square_().sum(dim=1) for some_FM in x_FM.split(_ROWS_AT_ONCE)])
+        distance_F = np.minimum(distance_F, away_F.double().numpy())
         distance_F[chosen] = 0
         total = distance_F.sum()
         left = np.setdiff1d(np.arange(len(distance_F)), chosen)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.convert.activations import FeedForward
+from moesaic.convert.activations import FeedForward, check_finite
 from moesaic.convert.clustering import Ints, assign, balanced_kmeans
 from moesaic.convert.routers import Gate, GateFit, largest
 from moesaic.registry import Registry
@@ -21,6 +21,7 @@ MARKED = 0.1
 """Share of the neurons that counts as active for a token: those that contribute most."""
 _SAMPLED = 8192
 _ROUNDS = 12
+_ROWS = 1024
 Criterion = Callable[["Neurons", int, int, int], Ints]
 CRITERIA: Registry[Criterion] = Registry("criterion")
 """``(neurons, experts, top_k, seed)`` to ``[F]``: the expert of each neuron, all experts being of one size."""
@@ -82,7 +83,9 @@ def observe(
     shares = torch.empty(sampled, len(length_F))
     done = 0
     for rows in layer.chunks():
-        output_TF = layer.hidden(rows).abs_() * length_F
+        output_TF = layer.hidden(rows).abs_().mul_(length_F)
+        lengths_T = torch.linalg.vector_norm(output_TF, dim=1)  # with the squares that are taken below
+        check_finite(lengths_T, layer.layer, "the square of the neurons' output", output_TF.dtype)
         active = output_TF.topk(many, dim=1).indices
         marks_TF = torch.zeros(output_TF.shape, dtype=torch.bool).scatter_(1, active, True)
         counts_PF.index_add_(0, domain_ids[rows], marks_TF.float())
@@ -163,8 +166,12 @@ def by_coactivation(neurons: Neurons, experts: int, top_k: int, seed: int) -> In
 def by_weight(neurons: Neurons, experts: int, top_k: int, seed: int) -> Ints:
     """Neurons whose weights point the same way: balanced k-means of their rows, of length 1 each (MoEfication,
     section 3.2). There is one row there; ours are those of gate and up projection, side by side."""
-    rows = [torch.nn.functional.normalize(matrix.float(), dim=1) for matrix in (neurons.gate, neurons.up)]
-    return balanced_kmeans(torch.cat(rows, dim=1), experts, seed)
+    count, width = neurons.gate.shape
+    rows_FM = torch.empty(count, 2 * width)
+    for half, matrix in ((slice(0, width), neurons.gate), (slice(width, None), neurons.up)):
+        for some_FD, own in zip(matrix.split(_ROWS), rows_FM[:, half].split(_ROWS), strict=True):
+            own.copy_(torch.nn.functional.normalize(some_FD.float(), dim=1))
+    return balanced_kmeans(rows_FM, experts, seed)
 
 
 @CRITERIA.register("domain")
@@ -179,7 +186,7 @@ def by_domain(neurons: Neurons, experts: int, top_k: int, seed: int) -> Ints:
     """
     domains, count = neurons.rates.shape
     width = count // experts
-    own = [experts // domains + (place < experts % domains) for place in range(domains)]
+    own = experts_of_domains(experts, domains)
     share_PF = neurons.rates / neurons.rates.sum(dim=0).clamp(min=1e-9)
     domain_F = assign(-share_PF.T.double().numpy(), [number * width for number in own])
     labels, first = np.empty(count, dtype=np.int64), 0
@@ -189,3 +196,8 @@ def by_domain(neurons: Neurons, experts: int, top_k: int, seed: int) -> Ints:
         labels[members] = first + balanced_kmeans(marks_MF.T.float(), number, seed)
         first += number
     return labels
+
+
+def experts_of_domains(experts: int, domains: int) -> list[int]:
+    """How many experts each domain has by the criterion domain, in the order of their names."""
+    return [experts // domains + (place < experts % domains) for place in range(domains)]

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moesaic.convert.dense import DenseModel
 from moesaic.convert.meter import watch
-from moesaic.convert.writing import Output
+from moesaic.convert.writing import Output, load_kept
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _router(
 
 
 def _gate_part(file: Path, name: str, dtype: torch.dtype) -> Tensor:
-    return load_file(file)[name].to(dtype)
+    return load_kept(file)[name].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -125,5 +124,5 @@ class _LayerCut:
             del matrix_FD
 
     def _order(self) -> tuple[Tensor, Tensor]:
-        order_F: Tensor = load_file(self.file)["order"]
+        order_F: Tensor = load_kept(self.file)["order"]
         return order_F[: self.plan.shared], order_F[self.plan.shared :]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.convert.activations import FeedForward
+from moesaic.convert.activations import FeedForward, check_finite
 from moesaic.convert.clustering import Ints, assign
 
 _RIDGE = 1e-2
@@ -41,6 +41,7 @@ def contributions(layer: FeedForward, members_EX: Tensor) -> Tensor:
         hidden_TF = layer.hidden(rows)
         norms.append(torch.stack([_output(layer, hidden_TF, own).norm(dim=1) for own in members_EX], dim=1))
     norms_TE = torch.cat(norms)
+    check_finite(norms_TE, layer.layer, "the square of an expert's output", norms_TE.dtype)
     return norms_TE / norms_TE.mean(dim=1, keepdim=True).clamp(min=1e-20)
 
 
@@ -52,9 +53,11 @@ class GateFit:
     """
 
     def __init__(self, x_TD: Tensor) -> None:
-        self._mean_D = x_TD.double().mean(dim=0)
-        self._x_TD = x_TD.double() - self._mean_D
-        gram_DD = self._x_TD.T @ self._x_TD / len(x_TD)
+        self._x_TD = x_TD.to(torch.float64, copy=True)
+        self._mean_D = self._x_TD.mean(dim=0)
+        self._x_TD -= self._mean_D
+        gram_DD = self._x_TD.T @ self._x_TD
+        gram_DD /= len(x_TD)
         gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean().clamp(min=1e-12))
         self._factor_DD = torch.linalg.cholesky(gram_DD)
 
@@ -87,7 +90,9 @@ def explained(layer: FeedForward, shared_X: Tensor, members_EX: Tensor, choice_T
         members_EX.shape[1], dim=1
     )
     error_T = (whole_TD - F.linear(kept_TF, layer.down.float())).square().sum(dim=1)
-    return float(1 - (error_T / whole_TD.square().sum(dim=1).clamp(min=1e-20)).mean())
+    whole_T = whole_TD.square().sum(dim=1)
+    check_finite(whole_T, layer.layer, "the square of the feed-forward's output", whole_T.dtype)
+    return float(1 - (error_T / whole_T.clamp(min=1e-20)).mean())
 
 
 def align(target_TE: Tensor, common_TE: Tensor) -> Ints:

@@ -5,8 +5,9 @@ T tokens · D model width · F hidden neurons · E experts · K slots per token.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from moesaic.convert.activations import CalibrationText, FeedForward, feed_forwards, read_text, token_embeddings
-from moesaic.convert.criteria import CRITERIA, always_active, observe
+from moesaic.convert.criteria import CRITERIA, always_active, experts_of_domains, observe
 from moesaic.convert.cutting import Plan, outputs_of
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.routers import GateFit, align, contributions, explained
-from moesaic.convert.source import open_source
+from moesaic.convert.source import TensorSource, open_source
 from moesaic.convert.writing import Written, check_output, load_kept, partial_folder, save_atomically, write_model
 from moesaic.errors import ConfigError, DataError, did_you_mean
 from moesaic.hf.configuration import MoesaicConfig
@@ -27,6 +28,8 @@ from moesaic.routing.options import is_of
 
 TOKENS_PER_EXPERT = 32
 """Least tokens of calibration text for one expert."""
+SEQUENCE_LENGTH = 512
+"""Tokens of a passage where the model has as many positions and nobody says otherwise."""
 PRE_GATINGS = ("none", "stack")
 Say = Callable[[str], None]
 
@@ -46,7 +49,7 @@ class SplitSettings:
         straight_through: of the router ``unit_topk``.
         data: calibration text, as :func:`moesaic.data.load_corpus` takes it.
         tokens: about how many tokens of it.
-        sequence_length: of its passages, in tokens.
+        sequence_length: of its passages, in tokens; None for 512, or as many as the model has positions.
         held_out: share of its files that is left out; 0 for none.
         seed: of the clustering.
     """
@@ -59,13 +62,15 @@ class SplitSettings:
     straight_through: bool = False
     data: tuple[str, ...] = ("stdlib",)
     tokens: int = 16384
-    sequence_length: int = 512
+    sequence_length: int | None = None
     held_out: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in {"experts": 1, "shared": 0, "tokens": 1, "sequence_length": 2, "seed": 0}.items():
             value = getattr(self, name)
+            if name == "sequence_length" and value is None:
+                continue
             if not is_of(int, value) or value < least:
                 raise ConfigError(f"{name} is {value!r}: it must be a whole number from {least} on")
         if not is_of(float, self.active) or not 0 < self.active <= 1:
@@ -110,8 +115,10 @@ def split(
     ``active=1`` it is the dense model's function. With fewer, quality comes back by :func:`moesaic.convert.distill`.
 
     One decoder layer's weights are in memory at a time. The calibration has beside them, in bytes, at most
-    ``(4 b + 24) T D + 40 T E + F (10 min(T, 8192) + 24 min(T, 4096))``, with weights of b bytes: hidden states, routers
-    in float64, which neurons are active in a sample of the tokens, and the neurons of the tokens computed at once.
+    ``(3 b + 12) T D + 40 T E + F (10 min(T, 8192) + 24 min(T, 4096)) + 24 D D + 4 F D``, with weights of b bytes:
+    hidden states, routers in float64, which neurons are active in a sample of the tokens, and the neurons of the tokens
+    computed at once; ``16 F D`` more for the criterion weight, and for passages longer than 4,096 tokens their length
+    in the place of 4,096.
 
     An interrupted split goes on where it stopped when it is started again with the same model, text and settings.
 
@@ -128,8 +135,7 @@ def split(
         UsageError: where ``out`` cannot be written.
     """
     settings = settings or SplitSettings()
-    dense, plan, text = check_split(model, out, settings, say)
-    note = _note(dense, settings, text)
+    dense, plan, text, note = check_split(model, out, settings, say)
     with partial_folder(Path(out), note) as partial:
         work = partial / "work"
         work.mkdir(exist_ok=True)
@@ -152,34 +158,71 @@ def split(
 
 def check_split(
     model: str | Path, out: str | Path, settings: SplitSettings, say: Say | None = None
-) -> tuple[DenseModel, Plan, CalibrationText]:
-    """Refuse, before any work, what :func:`split` would refuse; gives what it goes on with. Raises as that does."""
+) -> tuple[DenseModel, Plan, CalibrationText, dict[str, Any]]:
+    """Refuse, before any work, what :func:`split` would refuse; gives what it goes on with, and the note of the
+    conversion. Raises as that does."""
     dense = check_dense(open_source(model))
     plan = plan_split(dense.d_ff, settings)
     check_new(out)
-    _check_length(dense, settings)
     if say is not None:
         say("reading the calibration text")
+    text, note = read_calibration(dense, settings)
+    _check_text(text, settings)
+    check_output(Path(out), note)
+    return dense, plan, text, note
+
+
+def read_calibration(dense: DenseModel, settings: SplitSettings) -> tuple[CalibrationText, dict[str, Any]]:
+    """The text, and the note by which a split of this model, text and settings is told from others.
+
+    Raises:
+        ConfigError: where passages are longer than what the model reads at once.
+        DataError, CheckpointError: as :func:`moesaic.convert.activations.read_text` does.
+    """
+    length = _sequence_length(dense.source, settings)
     text = read_text(
-        dense.source,
-        settings.data,
-        tokens=settings.tokens,
-        sequence_length=settings.sequence_length,
-        held_out=settings.held_out,
+        dense.source, settings.data, tokens=settings.tokens, sequence_length=length, held_out=settings.held_out
     )
-    check_output(Path(out), _note(dense, settings, text))
-    if len(text) < (least := TOKENS_PER_EXPERT * settings.experts):
-        raise DataError(
-            f"the calibration text is too short for {settings.experts} experts: it has {len(text)} tokens, at least "
-            f"{least} are needed ({TOKENS_PER_EXPERT} an expert): give more text (data, tokens) or fewer experts"
+    told = asdict(replace(settings, sequence_length=length))
+    note = {"method": "split", "model": dense.source.fingerprint(), **told, "data": list(settings.data)}
+    return text, {**note, "content": dense.source.content(), "text": text.digest()}
+
+
+def _sequence_length(source: TensorSource, settings: SplitSettings) -> int:
+    given, longest = settings.sequence_length, getattr(source.config, "max_position_embeddings", None)
+    if given is None:
+        return min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
+    if longest and given > longest:
+        raise ConfigError(
+            f"sequence_length is {given}: the model reads at most {longest} tokens at once (max_position_embeddings)"
         )
-    if settings.criterion == "domain" and not 2 <= len(text.names) <= settings.experts:
+    return given
+
+
+def _check_text(text: CalibrationText, settings: SplitSettings) -> None:
+    experts, enough = settings.experts, f"({TOKENS_PER_EXPERT} an expert): give more text (data, tokens)"
+    if len(text) < (least := TOKENS_PER_EXPERT * experts):
+        raise DataError(
+            f"the calibration text is too short for {experts} experts: it has {len(text)} tokens, at least "
+            f"{least} are needed {enough} or fewer experts"
+        )
+    if settings.criterion != "domain":
+        return
+    names = text.names
+    if not 2 <= len(names) <= experts:
         raise ConfigError(
             f"the criterion domain needs text of at least 2 domains and an expert for each: there are "
-            f"{len(text.names)} ({', '.join(text.names)}) and {settings.experts} experts; give data as DOMAIN=PATH, or "
-            "another criterion"
+            f"{len(names)} ({', '.join(names)}) and {experts} experts; give data as DOMAIN=PATH, or another criterion"
         )
-    return dense, plan, text
+    tokens: Counter[str] = Counter()
+    for passage, name in zip(text.passages, text.domains, strict=True):
+        tokens[name] += len(passage)
+    for name, own in zip(names, experts_of_domains(experts, len(names)), strict=True):
+        if tokens[name] < (least := TOKENS_PER_EXPERT * own):
+            raise DataError(
+                f"the calibration text of the domain {name} is too short for its {own} experts: it has {tokens[name]} "
+                f"tokens, at least {least} are needed {enough}, fewer experts, or another criterion"
+            )
 
 
 def plan_split(d_ff: int, settings: SplitSettings) -> Plan:
@@ -216,20 +259,6 @@ def plan_split(d_ff: int, settings: SplitSettings) -> Plan:
             f"of {d_ff} it may be {' or '.join(near_shares)}"
         )
     return Plan(experts, width, top_k, shared)
-
-
-def _check_length(dense: DenseModel, settings: SplitSettings) -> None:
-    longest = getattr(dense.source.config, "max_position_embeddings", None)
-    if longest and settings.sequence_length > longest:
-        raise ConfigError(
-            f"sequence_length is {settings.sequence_length}: the model reads at most {longest} tokens at once "
-            "(max_position_embeddings)"
-        )
-
-
-def _note(dense: DenseModel, settings: SplitSettings, text: CalibrationText) -> dict[str, Any]:
-    told = {"method": "split", "model": dense.source.fingerprint(), **asdict(settings), "data": list(settings.data)}
-    return {**told, "content": dense.source.content(), "text": text.digest()}
 
 
 def _config(dense: DenseModel, plan: Plan, settings: SplitSettings) -> MoesaicConfig:
@@ -311,8 +340,8 @@ def _cut(
 
 def _figures(work: Path, layers: int, name: str) -> tuple[float, ...]:
     """What the calibration found for each layer; nothing where it did not look."""
-    found = [load_kept(_layer_file(work, layer)) for layer in range(layers)]
-    return tuple(float(each[name]) for each in found if name in each)
+    found = (load_kept(_layer_file(work, layer)).get(name) for layer in range(layers))
+    return tuple(float(figure) for figure in found if figure is not None)
 
 
 def _layer_file(work: Path, layer: int) -> Path:
