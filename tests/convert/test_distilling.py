@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.convert.models import dense_folder
 from tests.convert.test_calibration import text_folder
 from torch import Tensor
@@ -20,7 +25,7 @@ from moesaic.convert import distilling as module
 from moesaic.convert.lessons import Lessons
 from moesaic.convert.writing import partial_path
 from moesaic.data import prepare
-from moesaic.errors import CheckpointError, ConfigError, Interrupted
+from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted
 from moesaic.hf.load import load_model
 
 
@@ -108,6 +113,107 @@ def test_interrupted_and_again_is_as_straight(
     assert made.steps == 12 and "going on after step 1" in said
     straight, again = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out"))
     assert all(torch.equal(value, again[name]) for name, value in straight.items())
+
+
+KILLED = """
+import json, os, signal, sys
+from moesaic.convert import DistillSettings, distill, distilling
+student, dense, out, told = sys.argv[1:]
+distilling.SAVE_SECONDS, plain = 0.0, distilling._taken
+def taken(lessons, work):
+    if lessons.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(lessons, work)
+distilling._taken = taken
+distill(student, dense, out, DistillSettings(**json.loads(told)))
+"""
+
+
+def test_killed_and_again_is_as_straight(student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path) -> None:
+    options, out = settings(data, loss="taid"), tmp_path / "out"
+    distill(student, dense, tmp_path / "straight", options)
+    words = [sys.executable, "-c", KILLED, str(student), str(dense), str(out), json.dumps(asdict(options))]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    said: list[str] = []
+    made = distill(student, dense, out, options, say=said.append)
+    assert made.steps == 12 and "going on after step 5" in said
+    straight, again = (load_file(folder / "model.safetensors") for folder in (tmp_path / "straight", out))
+    assert all(torch.equal(value, again[name]) for name, value in straight.items())
+    assert not (out / "work").exists()
+
+
+def shifted(folder: Path, into: Path, ending: str) -> Path:
+    """A copy in which one tensor differs: as if that had been trained on."""
+    shutil.copytree(folder, into)
+    tensors = load_file(into / "model.safetensors")
+    tensors[f"model.layers.1.{ending}"] += 0.01
+    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+    return into
+
+
+def test_only_the_same_models_and_text_are_gone_on_with(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    options, out = settings(data), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        distill(student, dense, out, options, say=stop_at(1))
+    with pytest.raises(CheckpointError, match=r"unfinished conversion with other settings \(student: 'v1:.* there"):
+        distill(shifted(student, tmp_path / "student", "mlp.experts.down"), dense, out, options)
+    with pytest.raises(CheckpointError, match=r"other settings \(teacher: 'v1:.*remove .*out.partial'"):
+        distill(student, shifted(dense, tmp_path / "teacher", "mlp.up_proj.weight"), out, options)
+    other = text_folder(tmp_path / "text")
+    (tmp_path / "text/prose/3.txt").write_text("more of it\n" * 20)
+    with pytest.raises(CheckpointError, match=r"with other settings \(data"):
+        distill(student, dense, out, settings(other))
+    note = json.loads((tmp_path / "out.partial/conversion.json").read_text())
+    (tmp_path / "out.partial/conversion.json").write_text(json.dumps({**note, "data": list(other)}))
+    with pytest.raises(CheckpointError, match=r"with other settings \(text: "):
+        distill(student, dense, out, settings(other))
+    (tmp_path / "out.partial/conversion.json").write_text(json.dumps(note))
+    moved = [Path(shutil.copytree(path, tmp_path / name)) for name, path in (("a", student), ("b", dense))]
+    assert distill(*moved, out, options).steps == 12
+
+
+def test_passages_are_no_longer_than_the_models_read(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"sequence_length is 129: .* reads at most 128 tokens at once"):
+        distill(student, dense, tmp_path / "out", settings(data, sequence_length=129))
+    assert not list(tmp_path.glob("out*"))
+    short = Path(shutil.copytree(dense, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 48}))
+    with pytest.raises(ConfigError, match=r"sequence_length is 64: .*short' reads at most 48 tokens at once"):
+        distill(student, short, tmp_path / "out", settings(data, sequence_length=64))
+    made = distill(student, short, tmp_path / "out", settings(data, sequence_length=None, tokens=2 * 48, batch_size=2))
+    assert (made.steps, made.tokens) == (1, 96)
+
+
+def test_text_that_cannot_be_learned_leaves_nothing_behind(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(DataError, match="one sequence of 32 needs 33: give more text or a shorter sequence"):
+        distill(student, dense, tmp_path / "out", settings((*data, f"short={tmp_path / 'short.txt'}")))
+    with pytest.raises(DataError, match="does not exist"):
+        distill(student, dense, tmp_path / "out", settings((str(tmp_path / "none"),)))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_teacher_in_gguf_teaches_the_same(data: tuple[str, ...], tmp_path: Path) -> None:
+    from tests.convert.test_gguf_source import write  # skips where gguf is not installed
+
+    dense = dense_folder(tmp_path / "dense")
+    write(tmp_path / "dense.gguf")
+    split(dense, tmp_path / "split", SplitSettings(experts=4, tokens=400, held_out=0.0, data=data))
+    for teacher in ("dense", "dense.gguf"):
+        made = distill(tmp_path / "split", tmp_path / teacher, tmp_path / f"from-{teacher}", settings(data))
+        assert made.steps == 12 and set(made.refit) == {0, 1}
+    one, other = (load_file(tmp_path / f"from-{name}/model.safetensors") for name in ("dense", "dense.gguf"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    write(tmp_path / "stranger.gguf", seed=4)
+    with pytest.raises(CheckpointError, match=r"was not made of .*stranger.gguf': their embeddings differ"):
+        distill(tmp_path / "split", tmp_path / "stranger.gguf", tmp_path / "out", settings(data))
 
 
 def test_interrupted_in_the_warm_start(student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path) -> None:

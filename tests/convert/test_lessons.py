@@ -130,6 +130,24 @@ def test_goes_on_exactly(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], value), name
 
 
+def test_a_router_that_draws_goes_on_exactly(tmp_path: Path) -> None:
+    """Whatever else drew numbers before."""
+    student, teacher = pair(router="noisy_topk")
+    straight = lessons(student, teacher)
+    straight.take()
+    straight.save(tmp_path / "state.safetensors")
+    torch.rand(5)
+    state = torch.get_rng_state()
+    expected = [straight.take().loss for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    resumed = lessons(pair(router="noisy_topk")[0], teacher)
+    resumed.load(tmp_path / "state.safetensors")
+    assert [resumed.take().loss for _ in range(2)] == expected
+    ids = resumed.passages(["code", "prose", "code", "prose"])
+    resumed.student.train()
+    assert resumed._backward(ids)[0] != resumed._backward(ids)[0]  # it does draw
+
+
 def test_the_target_is_told_its_own_loss() -> None:
     student, teacher = pair()
     found = lessons(student, teacher, "taid", labels=0.9)
@@ -174,6 +192,16 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
         teacher.lm_head.weight.mul_(float("nan"))
     found = lessons(student, teacher)
     with pytest.raises(TrainingError, match="the loss of step 1 is nan: try a lower learning rate"):
+        found.take()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    student, teacher = pair()
+    found = lessons(student, teacher)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    next(iter(found.trained.values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"the gradient's norm of step 1 is (nan|inf): try a lower learning rate"):
         found.take()
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 

@@ -204,6 +204,74 @@ def test_pieces_make_no_difference_and_no_change_stays_none(name: str) -> None:
     assert torch.allclose(run(name, [BASE, BASE]), BASE)
 
 
+ALL = {"ties": {"density": 1.0}, "dare": {"density": 1.0}, "dare_ties": {"density": 1.0}}
+WHOLE: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {},
+    **ALL,
+    "breadcrumbs": {"density": 1.0, "outliers": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_one_model_of_which_nothing_is_left_out_is_that_model(name: str) -> None:
+    (model,) = tuned(1)
+    assert torch.allclose(run(name, [model], **WHOLE[name]), model, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 0.5, 0.3)])
+def test_a_model_that_is_the_base_itself(density: float, weights: tuple[float, ...]) -> None:
+    """Its task vector is 0: it has no say in TIES, and a share of the sum elsewhere."""
+    models = [*tuned(2), BASE]
+    columns = deltas(models)
+    close(
+        run("ties", models, weights, density=density), added(elected([trimmed(c, density) for c in columns], weights))
+    )
+    summed = [sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*columns, strict=True)]
+    close(run("task_arithmetic", models, weights), added(summed))
+    close(run("linear", models, weights), added(summed, 1 / sum(weights)))
+    needed = [sum(abs(v) > 0.4 * abs(sum(values) - v) for v in values) for values in zip(*columns, strict=True)]
+    close(run("consensus", models, weights), added([s if n >= 2 else 0.0 for s, n in zip(summed, needed, strict=True)]))
+    assert torch.allclose(run("slerp", models[1:], (1.0, 3.0)), BASE + (models[1] - BASE) / 4, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0.25, 0.5])
+def test_slerp_of_opposite_ends_is_the_straight_line(t: float) -> None:
+    """There is no one arc between them."""
+    assert torch.allclose(run("slerp", [-BASE], (t,)), (1 - 2 * t) * BASE, atol=1e-6)
+    (model,) = tuned(1)
+    wanted = BASE + (1 - 2 * t) * (model - BASE)
+    assert torch.allclose(run("slerp", [model, 2 * BASE - model], (1 - t, t)), wanted, atol=1e-6)
+
+
+def test_opposite_task_vectors_leave_the_base() -> None:
+    (model,) = tuned(1)
+    for name in ("linear", "task_arithmetic", "breadcrumbs", "consensus"):
+        assert torch.allclose(run(name, [model, 2 * BASE - model]), BASE, atol=1e-6), name
+
+
+def test_breadcrumbs_keeps_changes_of_one_size() -> None:
+    """As they are in bfloat16: 100 of 400 are a step up or down, of which 4 would be outliers and 36 stay."""
+    base, model = torch.ones(20, 20), torch.ones(20, 20)
+    model[:5, ::2], model[:5, 1::2] = 1 + 2**-7, 1 - 2**-7
+    method = create_merge("breadcrumbs", {"density": 0.09, "outliers": 0.01}, 1)
+    for outlier, wanted in ((False, model), (True, model.clone())):
+        if outlier:  # more than one step: only these are masked
+            model[0, :4], wanted[0, :4] = 1.5, 1.0
+        taken = vectors([model], 7, base)
+        learned = method.learn(taken, (1.0,), 0)
+        assert torch.equal(torch.cat([method.merge(piece, (1.0,), learned) for piece in taken]), wanted)
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.5, 1 - 1e-9])
+def test_breadcrumbs_of_one_value(outliers: float) -> None:
+    taken = vectors([torch.full((1, 1), 3.0)], 1, torch.ones(1, 1))
+    method = create_merge("breadcrumbs", {"density": 1e-9, "outliers": outliers}, 1)
+    (piece,) = taken
+    assert method.merge(piece, (1.0,), method.learn(taken, (1.0,), 0)).tolist() == [[3.0]]
+
+
 def test_a_share_is_counted_without_rounding_errors() -> None:
     assert 0.07 * 100 > 7 and share_of(0.07, 100) == 7
     assert [share_of(share, 10) for share in (1e-9, 0.01, 0.1, 0.11, 1.0)] == [1, 1, 1, 2, 10]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.convert.models import dense_folder, dense_model, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.convert.dense import check_dense
-from moesaic.convert.merging import LayerWeights, MergeSettings, likeness, merge, parse_place
+from moesaic.convert.merging import MERGES, LayerWeights, MergeSettings, likeness, merge, parse_place
 from moesaic.convert.meter import metered
 from moesaic.convert.source import open_source
 from moesaic.errors import CheckpointError, ConfigError, UnsupportedError
@@ -155,6 +156,87 @@ def test_another_precision_is_rounded_to_the_base_s(tmp_path: Path) -> None:
     got, wanted = state(tmp_path / "out"), state(tmp_path / "tuned")
     assert all(tensor.dtype == torch.bfloat16 for tensor in got.values())
     assert all(torch.allclose(tensor.float(), wanted[name], rtol=0.02, atol=0.02) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("by", [*MERGES])
+def test_models_in_bfloat16_are_merged_in_float32(tmp_path: Path, by: str) -> None:
+    """And tied embeddings stay so."""
+    base, folders, _ = family_of(tmp_path, tie_word_embeddings=True)
+    rounded = [altered(folder, tmp_path / f"half{n}", torch.bfloat16) for n, folder in enumerate((base, *folders))]
+    whole = [altered(folder, tmp_path / f"whole{n}", torch.float32) for n, folder in enumerate(rounded)]
+    for name, (first, *others) in {"one": rounded, "other": whole}.items():
+        merge(first, tmp_path / name, MergeSettings(others, by=by))
+    one, other = state(tmp_path / "one"), state(tmp_path / "other")
+    assert one.keys() == other.keys() == state(base).keys() and "lm_head.weight" not in one
+    assert all(torch.equal(tensor, other[name].bfloat16()) for name, tensor in one.items())
+
+
+def altered(folder: Path, into: Path, dtype: torch.dtype | None = None, **changes: Any) -> Path:
+    """A copy with other tensors: of another dtype, or changed by a function of each name."""
+    shutil.copytree(folder, into)
+    tensors = load_file(into / "model.safetensors")
+    tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, change in changes.items():
+        name = name.replace("__", ".")
+        tensors[name] = change(tensors.get(name))
+    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+    return into
+
+
+GATE = "model__layers__1__mlp__gate_proj__weight"
+
+
+def test_buffers_that_are_computed_are_left_out_and_whole_numbers_refused(tmp_path: Path) -> None:
+    base, (folder,), _ = family_of(tmp_path, count=1)
+    inverse = {"model__layers__0__self_attn__rotary_emb__inv_freq": lambda _: torch.ones(4)}
+    merge(altered(base, tmp_path / "old", **inverse), tmp_path / "out", MergeSettings([folder]))
+    assert state(tmp_path / "out").keys() == state(base).keys()
+    whole = altered(folder, tmp_path / "whole", **{GATE: lambda tensor: tensor.to(torch.int8)})
+    with pytest.raises(UnsupportedError, match=r"whole' has model.layers.1.mlp.gate_proj.weight as torch.int8"):
+        merge(base, tmp_path / "none", MergeSettings([folder, whole]))
+
+
+@pytest.mark.parametrize(("into", "by"), [("dense", "ties"), ("dense", "linear"), ("experts", "linear")])
+def test_values_that_are_not_finite_are_told(tmp_path: Path, into: str, by: str) -> None:
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[40, 3] = float("nan")
+        return tensor
+
+    base, (folder,), _ = family_of(tmp_path, count=1)
+    bad = altered(folder, tmp_path / "bad", **{GATE: spoil})
+    message = r"bad' is damaged: model.layers.1.mlp.gate_proj.weight holds values that are not finite"
+    with pytest.raises(CheckpointError, match=message):
+        merge(base, tmp_path / "out", MergeSettings([folder, bad], into=into, by=by))
+
+
+def test_a_merge_beyond_its_precision_is_told(tmp_path: Path) -> None:
+    base, (folder,), _ = family_of(tmp_path, count=1)
+    half = altered(base, tmp_path / "half", torch.float16)
+    settings = MergeSettings([folder], by="task_arithmetic", weights=(1e8,))
+    with pytest.raises(ConfigError, match=r"merged by \[100000000.0\] is too large for float16: give smaller weights"):
+        merge(half, tmp_path / "out", settings)
+
+
+def test_only_the_same_models_are_gone_on_with(tmp_path: Path) -> None:
+    base, folders, _ = family_of(tmp_path)
+    settings, out = MergeSettings(folders, by="ties"), tmp_path / "out"
+
+    def stop(line: str) -> None:
+        if "(3 of" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, out, settings, say=stop, shard_bytes=20_000)
+    changed = {GATE: lambda tensor: tensor + 0.01}  # with the fingerprint that it had
+    other = altered(folders[1], tmp_path / "other", **changed)
+    with pytest.raises(CheckpointError, match=r"with other settings \(models: "):
+        merge(base, out, MergeSettings([folders[0], other], by="ties"), shard_bytes=20_000)
+    with pytest.raises(CheckpointError, match=r"with other settings \(models: "):
+        merge(base, out, MergeSettings(folders[::-1], by="ties"), shard_bytes=20_000)
+    with pytest.raises(CheckpointError, match=r"with other settings \(model: .*remove .*out.partial'"):
+        merge(altered(base, tmp_path / "base2", **changed), out, settings, shard_bytes=20_000)
+    moved = [Path(shutil.copytree(folder, tmp_path / f"moved{n}")) for n, folder in enumerate(folders)]
+    assert merge(base, out, MergeSettings(moved, by="ties"), shard_bytes=20_000).written.resumed == 2
 
 
 def test_an_interrupted_start_goes_on_to_the_same_model(tmp_path: Path) -> None:

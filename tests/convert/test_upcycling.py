@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,40 @@ def test_an_interrupted_start_goes_on_to_the_same_model(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     index = json.loads((tmp_path / "moe" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == whole.keys()
+
+
+def test_only_the_same_model_is_gone_on_with(tmp_path: Path) -> None:
+    model, settings = dense_model(), UpcycleSettings(num_experts=3)
+    folder, out = save(model, tmp_path / "dense"), tmp_path / "moe"
+
+    def stop(line: str) -> None:
+        if "(4 of" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(folder, out, settings, say=stop, shard_bytes=20_000)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight += 0.01
+    other = save(model, tmp_path / "other")  # fine-tuned, with the embedding that it had
+    with pytest.raises(CheckpointError, match=r"unfinished conversion with other settings \(model: 'v1:.*remove"):
+        upcycle(other, out, settings, shard_bytes=20_000)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    assert upcycle(copy, out, settings, shard_bytes=20_000).written.resumed == 3
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_values_that_are_not_finite_are_told(tmp_path: Path, part: str) -> None:
+    model = dense_model()
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.1.{part}").weight[3, 3] = float("inf")
+    with pytest.raises(CheckpointError, match=rf"model.layers.1.{part}.weight holds values that are not finite"):
+        upcycle(save(model, tmp_path / "dense"), tmp_path / "moe", UpcycleSettings(num_experts=2))
+
+
+@pytest.mark.parametrize(("drop", "neurons"), [(0.29, 29), (0.999, 99), (0.004, 0), (1.0, 100)])
+def test_the_share_that_is_drawn_anew_is_rounded_down(drop: float, neurons: int) -> None:
+    assert 0.29 * 100 < 29
+    assert len(CopyChange.of(UpcycleSettings(drop=drop), 0, 0, 100).dropped_S) == neurons
 
 
 def test_memory_stays_below_a_layer_and_a_shard(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from moesaic.convert.dense import DenseModel
 from moesaic.convert.meter import watch
 from moesaic.convert.seeds import generator
+from moesaic.convert.source import TensorSource
 from moesaic.convert.writing import Output
-from moesaic.errors import ConfigError, MoesaicError
+from moesaic.errors import CheckpointError, ConfigError, MoesaicError
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.routing import Router, Routing, RoutingContext, create_router
 
@@ -132,10 +133,23 @@ def _bank(name: str, shape: tuple[int, int, int], dtype: torch.dtype, fill: Fill
     return Output(name, shape, dtype, make)
 
 
+def sound(source: TensorSource, name: str, rows: slice | None = None) -> Tensor:
+    """A tensor of a model, or some rows of it, as it is.
+
+    Raises:
+        CheckpointError: where a value is not finite, or the tensor cannot be read.
+    """
+    tensor = source.read(name, rows)
+    ends = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # without a copy of the tensor
+    if not (torch.isfinite(ends.min) and torch.isfinite(ends.max)):
+        raise CheckpointError(f"{str(source.path)!r} is damaged: {name} holds values that are not finite")
+    return tensor
+
+
 def copied(dense: DenseModel, name: str) -> Output:
     """A tensor of the dense model as it is."""
     source = dense.source
-    return Output(name, source.shape(name), source.dtype(name), lambda: source.read(name))
+    return Output(name, source.shape(name), source.dtype(name), lambda: sound(source, name))
 
 
 def ask(router: Router, x_TD: Tensor) -> Routing:

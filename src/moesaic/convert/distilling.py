@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,14 +16,16 @@ from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.lessons import Lessons, Told
 from moesaic.convert.mixture import ExcessLossMixture
 from moesaic.convert.refitting import Refit, refit, tokens_needed
-from moesaic.convert.source import EMBEDDING, TensorSource, open_source
+from moesaic.convert.source import EMBEDDING, TensorSource, load_tokenizer, open_source
 from moesaic.convert.targets import TARGETS, Target
 from moesaic.convert.teacher import load_dense
 from moesaic.convert.writing import Output, Written, check_output, partial_folder, write_model
-from moesaic.data import prepare
-from moesaic.errors import CheckpointError, ConfigError, Interrupted, TrainingError, did_you_mean
+from moesaic.data import TokenData, prepare
+from moesaic.data.batches import count_windows
+from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, did_you_mean
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.load import load_model
+from moesaic.hf.save import check_new
 from moesaic.routing.options import is_of
 from moesaic.train.precision import PRECISIONS, autocast, choose_precision
 from moesaic.train.signals import StopRequest
@@ -31,6 +34,8 @@ TRAINED = ("all", "ffn")
 MIXTURES = ("excess", "even", "tokens")
 SAVE_SECONDS = 300.0
 """Between two saves."""
+SEQUENCE_LENGTH = 512
+"""Tokens of a passage where none are given and the models read as many."""
 _ROWS = 4096
 Say = Callable[[str], None]
 
@@ -49,7 +54,8 @@ class DistillSettings:
         mixture: shares of the domains: ``"excess"`` begins even and moves to where the student is furthest behind,
             ``"even"`` stays so, ``"tokens"`` takes them as they come.
         held_out: share of its files that is left out, those by which ``moesaic eval`` judges a model.
-        sequence_length, batch_size: tokens of a passage, passages a step.
+        sequence_length: tokens of a passage; by default 512, or as many as the models read at once where that is less.
+        batch_size: passages a step.
         learning_rate: the highest; it falls linearly to 0.
         warm_start: tokens on which the experts' down projections are first fitted to the dense model's layers; 0 for
             none. More where the layers need more; none where the text has not as many.
@@ -66,7 +72,7 @@ class DistillSettings:
     data: tuple[str, ...] = ("stdlib",)
     mixture: str = "excess"
     held_out: float = 0.05
-    sequence_length: int = 512
+    sequence_length: int | None = None
     batch_size: int = 2
     learning_rate: float = 4e-4
     warm_start: int = 12288
@@ -141,20 +147,24 @@ def distill(
         say: called with a line of text now and then.
 
     Raises:
-        ConfigError: for settings that do not fit the text.
-        CheckpointError: for models that cannot be read or do not go together, and an ``out`` that exists.
-        DataError: for text that cannot be read or is too short.
+        ConfigError: for a ``sequence_length`` beyond what the models read at once.
+        CheckpointError: for models that cannot be read or do not go together, and an ``out`` that exists or holds an
+            unfinished conversion of other models, other text or other settings.
+        DataError: for text that cannot be read, or of which a domain is shorter than a passage.
         UnsupportedError: for a teacher that is no dense model of the supported architectures.
         Interrupted: on a signal, when it has been saved.
         TrainingError: for a loss that is not finite.
     """
     told = say or (lambda line: None)
-    source, dense = check_distill(student, teacher, out, settings)
-    note = _note(source, dense, settings)
+    source, dense = check_distill(student, teacher, out)
+    length = passage_length(settings, source, dense.source)
+    text = read_lessons(source, settings, length, told)
+    note = _note(source, dense, settings, length, text)
+    check_output(Path(out), note)
     with partial_folder(Path(out), note) as partial, StopRequest() as stop:
         work = partial / "work"
         work.mkdir(exist_ok=True)
-        lessons, refitted = _begin(source, dense, settings, work, stop, told)
+        lessons, refitted = _begin(source, dense, settings, length, text, work, stop, told)
         losses = _learn(lessons, work, stop, told)
         state = {name: tensor.detach() for name, tensor in lessons.student.state_dict().items()}
         written = write_model(
@@ -179,10 +189,9 @@ def distill(
     )
 
 
-def check_distill(
-    student: str | Path, teacher: str | Path, out: str | Path, settings: DistillSettings
-) -> tuple[TensorSource, DenseModel]:
-    """Refuse, before any work, models that do not go together or an ``out`` in the way; raises as :func:`distill`."""
+def check_distill(student: str | Path, teacher: str | Path, out: str | Path) -> tuple[TensorSource, DenseModel]:
+    """Refuse, before any work, models that do not go together or an ``out`` that exists; raises as :func:`distill`."""
+    check_new(out)
     source, dense = open_source(student), check_dense(open_source(teacher))
     ours, theirs = source.config, dense.source.config
     if not isinstance(ours, MoesaicConfig):
@@ -201,7 +210,6 @@ def check_distill(
             f"{str(student)!r} was not made of {str(teacher)!r}: their embeddings differ, and neither splitting nor "
             "distilling changes them; the teacher must be the dense model that the student was made of"
         )
-    check_output(Path(out), _note(source, dense, settings))
     return source, dense
 
 
@@ -214,9 +222,58 @@ def _same_embedding(ours: TensorSource, theirs: TensorSource) -> bool:
     return True
 
 
-def _note(source: TensorSource, dense: DenseModel, settings: DistillSettings) -> dict[str, Any]:
-    made = {"method": "distill", "student": source.structure(), "teacher": dense.source.fingerprint()}
-    return {**made, **asdict(settings), "data": list(settings.data)}
+def passage_length(settings: DistillSettings, *models: TensorSource) -> int:
+    """Tokens of a passage.
+
+    Raises:
+        ConfigError: for more than one of the models reads at once.
+    """
+    length = settings.sequence_length or SEQUENCE_LENGTH
+    for model in models:
+        longest = getattr(model.config, "max_position_embeddings", None) or length
+        if longest < length and settings.sequence_length is not None:
+            raise ConfigError(
+                f"sequence_length is {length}: {str(model.path)!r} reads at most {longest} tokens at once "
+                "(max_position_embeddings)"
+            )
+        length = min(length, longest)
+    return length
+
+
+def read_lessons(model: TensorSource, settings: DistillSettings, length: int, say: Say) -> TokenData:
+    """The text to learn, as tokens of the model.
+
+    Raises:
+        DataError: for text that cannot be read or does not fit, or of which a domain is shorter than a passage of
+            ``length`` tokens.
+        CheckpointError: where the model has no tokenizer.
+    """
+    say("reading the text")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model.tokenizer_from
+        if folder.suffix == ".gguf":
+            load_tokenizer(folder).save_pretrained(scratch)
+            folder = Path(scratch)
+        text = prepare(settings.data, tokenizer=str(folder), validation_fraction=settings.held_out)
+    if not text.train:
+        raise DataError(f"the text has no documents beside the share of {settings.held_out} that is held out")
+    for name, ids in text.train.items():
+        count_windows(name, ids, length)
+        if (highest := int(ids.max())) >= model.config.vocab_size:
+            raise DataError(
+                f"the tokenizer does not fit the model: it gave the token id {highest}, but the model's vocabulary has "
+                f"{model.config.vocab_size} entries"
+            )
+    return text
+
+
+def _note(
+    source: TensorSource, dense: DenseModel, settings: DistillSettings, length: int, text: TokenData
+) -> dict[str, Any]:
+    """All that is learned depends on; also the length of passages that was not given."""
+    made = {"method": "distill", "student": source.content(), "teacher": dense.source.content()}
+    told = {**made, **asdict(settings), "sequence_length": length, "data": list(settings.data)}
+    return {**told, "text": text.fingerprint}
 
 
 def _output(source: TensorSource, name: str, state: dict[str, Tensor]) -> Output:
@@ -225,11 +282,16 @@ def _output(source: TensorSource, name: str, state: dict[str, Tensor]) -> Output
 
 
 def _begin(
-    source: TensorSource, dense: DenseModel, settings: DistillSettings, work: Path, stop: StopRequest, say: Say
+    source: TensorSource,
+    dense: DenseModel,
+    settings: DistillSettings,
+    length: int,
+    text: TokenData,
+    work: Path,
+    stop: StopRequest,
+    say: Say,
 ) -> tuple[Lessons, dict[int, Refit]]:
-    """Student, teacher and text in memory, and what an interrupted start had reached."""
-    say("reading the text")
-    text = prepare(settings.data, tokenizer=str(source.path), validation_fraction=settings.held_out)
+    """Student and teacher in memory, and what an interrupted start had reached."""
     say("loading student and teacher")
     device = torch.device("cpu")
     precision = choose_precision(settings.precision, device)
@@ -244,7 +306,7 @@ def _begin(
         settings.target(),
         mixture,
         text.train,
-        sequence_length=settings.sequence_length,
+        sequence_length=length,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         seed=settings.seed,
@@ -260,18 +322,18 @@ def _begin(
         return lessons, {}
     if settings.warm_start == 0:
         return lessons, {}
-    return lessons, _warm(lessons, settings, work, stop, say)
+    return lessons, _warm(lessons, settings.warm_start, length, work, stop, say)
 
 
-def _warm(lessons: Lessons, settings: DistillSettings, work: Path, stop: StopRequest, say: Say) -> dict[int, Refit]:
+def _warm(lessons: Lessons, given: int, length: int, work: Path, stop: StopRequest, say: Say) -> dict[int, Refit]:
     """Fit the experts to the dense layers, and save; nothing where the text is too short for it."""
-    tokens = max(settings.warm_start, needed := tokens_needed(lessons.student))
+    tokens = max(given, needed := tokens_needed(lessons.student))
     if lessons.text_tokens < needed:
         say(f"no warm start: its layers need {needed} tokens, the text has {lessons.text_tokens}")
         return {}
-    if tokens > settings.warm_start:
-        say(f"the warm start takes {tokens} tokens instead of {settings.warm_start}: its layers need as many")
-    passages = -(-tokens // settings.sequence_length)
+    if tokens > given:
+        say(f"the warm start takes {tokens} tokens instead of {given}: its layers need as many")
+    passages = -(-tokens // length)
     ids_BT = lessons.passages(lessons.mixture.draw(passages))
 
     def before(layer: int) -> None:

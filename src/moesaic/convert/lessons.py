@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.convert.mixture import ExcessLossMixture
+from moesaic.convert.seeds import generator
 from moesaic.convert.targets import Target
 from moesaic.convert.writing import save_atomically
 from moesaic.data import Batches
@@ -60,9 +61,10 @@ class Lessons:
         mixture: over the domains of ``tokens``.
         tokens: token ids by domain, as ``TokenData.train``.
         sequence_length: S. batch_size: passages a step.
-        learning_rate: the highest. labels: the text's own next token has this part in the loss, 0 to 1.
+        learning_rate: the highest. seed: of the passages' order, and of what a router draws.
+        labels: the text's own next token has this part in the loss, 0 to 1.
         train: ``"all"``, or ``"ffn"`` for experts, routers and norms only.
-        budget_tokens, budget_seconds: when it is over; one of both. seconds: spent already.
+        budget_tokens, budget_seconds: when it is over; one of both.
         precision: ``"fp32"`` or ``"bf16"``, of the products.
     """
 
@@ -83,18 +85,18 @@ class Lessons:
         labels: float = 0.0,
         train: str = "all",
         precision: str = "fp32",
-        seconds: float = 0.0,
     ) -> None:
         self.student, self.teacher, self.target, self.mixture = student, teacher, target, mixture
         self.precision, self.labels, self.batch_size = precision, labels, batch_size
         self.learning_rate, self.budget_tokens, self.budget_seconds = learning_rate, budget_tokens, budget_seconds
+        self.seed = seed
         self._streams = {
             name: Batches({name: ids}, sequence_length=sequence_length, batch_size=1, seed=seed)
             for name, ids in tokens.items()
         }
         self.text_tokens = sum(len(ids) for ids in tokens.values())
         self.step = self.tokens = 0
-        self._seconds, self._began = seconds, time.monotonic()
+        self._seconds, self._began = 0.0, time.monotonic()
         self.finished = False
         self.places = dict.fromkeys(self._streams, 0)
         self.trained = {}
@@ -133,7 +135,7 @@ class Lessons:
         """One step.
 
         Raises:
-            TrainingError: where the loss is not finite; nothing has changed then.
+            TrainingError: where the loss or its gradient is not finite; no weight has changed then.
         """
         self.student.train()
         progress = self.progress
@@ -142,10 +144,14 @@ class Lessons:
             group["lr"] = self.learning_rate * warmed * (1 - progress)
         domains = self.mixture.draw(self.batch_size)
         ids_BT = self.passages(domains)
-        loss, own_loss, excess_B = self._backward(ids_BT)
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss of step {self.step + 1} is {loss}: try a lower learning rate")
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), _CLIP)
+        # A router may draw numbers: of each step its own, so that one that is gone on with draws the same.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(self.seed, "step", self.step).initial_seed())
+            loss, own_loss, excess_B = self._backward(ids_BT)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), _CLIP))
+        for name, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise TrainingError(f"the {name} of step {self.step + 1} is {value}: try a lower learning rate")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         update_balancing(self.student)

@@ -17,7 +17,9 @@ class ExcessLossMixture:
     are then scaled to sum to 1, and mixed with ``smoothing`` of the first ones; the next step starts from these, so
     that shares that were moved for long still turn round within a few steps. There the reference is a small model
     trained before and the shares weigh the loss of a proxy model; here it is the teacher, and passages are drawn by the
-    shares, so that a domain that a step did not draw keeps its last known excess.
+    shares, so that a domain that a step did not draw keeps its last known excess. There each token's excess counts as 0
+    below 0; here the mean of a domain's tokens does, so that tokens at which student and teacher merely differ do not
+    count as being behind.
 
     Args:
         shares: the first shares by domain, in any unit, all above 0.

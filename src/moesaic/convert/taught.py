@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from moesaic.convert.distilling import Distilled, DistillSettings, distill
-from moesaic.convert.source import load_tokenizer, open_source
-from moesaic.convert.splitting import Split, SplitSettings, split
+from moesaic.convert.dense import check_dense
+from moesaic.convert.distilling import Distilled, DistillSettings, distill, passage_length, read_lessons
+from moesaic.convert.source import open_source
+from moesaic.convert.splitting import Split, SplitSettings, read_calibration, split
 from moesaic.convert.writing import NOTE, Written, partial_path
-from moesaic.data import Batches, prepare
 from moesaic.errors import CheckpointError
 from moesaic.hf.save import check_new
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def split_and_distill(
     settings: SplitSettings,
     teaching: DistillSettings,
     *,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     shard_bytes: int = 2 << 30,
 ) -> Taught:
     """:func:`moesaic.convert.split` the dense model at ``model`` into the folder ``<out>.split``, then teach that what
@@ -43,52 +44,44 @@ def split_and_distill(
     ``<out>.partial`` in the way) is refused before the split.
 
     Raises:
-        CheckpointError: where ``out`` exists, ``<out>.split`` is of another model or other settings, or there is an
-            ``<out>.partial`` without it.
+        CheckpointError: where ``out`` exists, ``<out>.split`` is of another model, text or other settings, or there is
+            an ``<out>.partial`` without it.
         DataError: for text of which a domain is shorter than a passage.
         MoesaicError: as both of them do.
     """
     out = Path(out)
     begun = out.with_name(f"{out.name}.split")
     check_new(out)
-    made = None
+    made, told = None, say or (lambda line: None)
     if begun.exists():
-        _check_begun(begun, model, settings)
+        _check_begun(begun, model, settings, told)
     else:
-        _check_teaching(model, out, teaching, say)
+        _check_teaching(model, out, teaching, told)
         made = split(model, begun, settings, say=say, shard_bytes=shard_bytes)
     distilled = distill(begun, model, out, teaching, say=say, shard_bytes=shard_bytes)
     shutil.rmtree(begun)
     return Taught(distilled.written, made, distilled)
 
 
-def _check_teaching(model: str | Path, out: Path, teaching: DistillSettings, say: Callable[[str], None] | None) -> None:
+def _check_teaching(model: str | Path, out: Path, teaching: DistillSettings, say: Say) -> None:
     """Refuse what the distillation would refuse after the split."""
     if (partial := partial_path(out)).exists():
         raise CheckpointError(
             f"{str(partial)!r} is in the way, it is of no split that is there to go on with: remove it to begin anew"
         )
-    if say is not None:
-        say("reading the text")
-    tokenizer_from = open_source(model).tokenizer_from
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = tokenizer_from
-        if tokenizer_from.suffix == ".gguf":
-            load_tokenizer(tokenizer_from).save_pretrained(scratch)
-            folder = Path(scratch)
-        text = prepare(teaching.data, tokenizer=str(folder), validation_fraction=teaching.held_out)
-    for name, ids in text.train.items():
-        Batches({name: ids}, sequence_length=teaching.sequence_length, batch_size=1, seed=teaching.seed)
+    source = open_source(model)
+    read_lessons(source, teaching, passage_length(teaching, source), say)
 
 
-def _check_begun(begun: Path, model: str | Path, settings: SplitSettings) -> None:
+def _check_begun(begun: Path, model: str | Path, settings: SplitSettings, say: Say) -> None:
     """Refuse what is there where it is not what this split would make."""
-    wanted = {"method": "split", "model": open_source(model).fingerprint(), **asdict(settings)}
-    wanted = json.loads(json.dumps(wanted))
+    say("reading the calibration text")
+    wanted = json.loads(json.dumps(read_calibration(check_dense(open_source(model)), settings)[1]))
     try:
         noted = json.loads((begun / NOTE).read_bytes())
     except (OSError, ValueError):
-        noted = {}
+        noted = None
+    noted = noted if isinstance(noted, dict) else {}
     if other := [name for name, value in wanted.items() if noted.get(name) != value]:
         name = other[0]
         raise CheckpointError(

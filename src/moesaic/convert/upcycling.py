@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.convert.banks import Experts, FreshRouters, ask, bank_outputs, copied
+from moesaic.convert.banks import Experts, FreshRouters, ask, bank_outputs, copied, sound
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.seeds import generator
 from moesaic.convert.source import open_source
@@ -114,7 +114,7 @@ class CopyChange:
         if settings.perturb:
             order_F = torch.randperm(d_ff, generator=random)
             scale_F = torch.exp2(torch.randint(-1, 2, (d_ff,), generator=random).float())
-        dropped_S = torch.randperm(d_ff, generator=random)[: int(settings.drop * d_ff)]
+        dropped_S = torch.randperm(d_ff, generator=random)[: int(settings.drop * d_ff + 1e-6)]  # 0.29 · 100 < 29
         return cls(order_F, scale_F, dropped_S, settings.noise, seed)
 
     def up(self, gate_FD: Tensor, up_FD: Tensor, into_GD: Tensor) -> None:
@@ -167,7 +167,8 @@ def upcycle(
 
     Raises:
         UnsupportedError: for a mixture of experts or an architecture that is not supported.
-        CheckpointError: where the model is damaged, or ``out`` exists or holds another unfinished conversion.
+        CheckpointError: where the model is damaged or has values that are not finite, or ``out`` exists or holds
+            another unfinished conversion.
         ConfigError: for settings that do not go together.
         UsageError: where ``out`` cannot be written.
     """
@@ -202,7 +203,7 @@ def _copies(dense: DenseModel, layer: int, settings: UpcycleSettings) -> list[Ou
     read: dict[str, Tensor] = {}  # while a bank is filled, what all of its experts are made of
 
     def weight(name: str, last: bool) -> Tensor:
-        tensor = read[name] if name in read else read.setdefault(name, dense.source.read(name))
+        tensor = read[name] if name in read else read.setdefault(name, sound(dense.source, name))
         if last:
             del read[name]
         return tensor

@@ -18,6 +18,8 @@ class Breadcrumbs(MergeMethod):
     """Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks (section 3): of each tensor's task vector
     both tails are masked, the outliers and the negligible changes; then θ₀ + λ · Σ w·(m ⊙ τ).
 
+    Values of one magnitude at a border stay, all of them: in bfloat16 many changes are of the same few steps.
+
     The paper's percentiles β and γ are 1 − ``outliers`` − ``density`` and 1 − ``outliers``. (The authors' program takes
     them of each row, the paper of each layer, as is done here.)
 
@@ -34,16 +36,14 @@ class Breadcrumbs(MergeMethod):
         self.density, self.outliers, self.scale = density, outliers, scale
 
     def learn(self, vectors: TaskVectors, weights: Sequence[float], seed: int) -> list[tuple[float, float]]:
-        """Of each model the smallest magnitude that stays, and the smallest one that is too large to."""
-        masked = math.floor(self.outliers * vectors.size + 1e-6)
+        """Of each model the smallest and the largest magnitude that stay."""
+        masked = min(math.floor(self.outliers * vectors.size + 1e-6), vectors.size - 1)
         last = min(masked + share_of(self.density, vectors.size), vectors.size)
-        if not masked:
-            return [(least, math.inf) for (least,) in magnitudes_at(vectors, [last])]
-        return [(least, outlier) for outlier, least in magnitudes_at(vectors, [masked, last])]
+        return [(least, most) for most, least in magnitudes_at(vectors, [masked + 1, last])]
 
     def merge(self, piece: Piece, weights: Sequence[float], learned: list[tuple[float, float]]) -> Tensor:
         kept = []
-        for delta, (least, outlier) in zip(piece.deltas, learned, strict=True):
+        for delta, (least, most) in zip(piece.deltas, learned, strict=True):
             size = delta.abs()
-            kept.append(torch.where((size >= least) & (size < outlier), delta, 0.0))
+            kept.append(torch.where((size >= least) & (size <= most), delta, 0.0))
         return piece.base.add(weighted_sum(kept, weights), alpha=self.scale)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from moesaic.convert.banks import Experts, bank_outputs
+from moesaic.convert.banks import Experts, bank_outputs, sound
 from moesaic.convert.dense import DenseModel
 from moesaic.convert.writing import Output
 
@@ -33,10 +33,10 @@ def _bank(base: DenseModel, branches: Sequence[DenseModel], layer: int) -> list[
     names = base.ffn(layer)
 
     def fill_up(expert: int, into_GD: Tensor) -> None:
-        into_GD[: base.d_ff] = branches[expert].source.read(names.gate)
-        into_GD[base.d_ff :] = branches[expert].source.read(names.up)
+        into_GD[: base.d_ff] = sound(branches[expert].source, names.gate)
+        into_GD[base.d_ff :] = sound(branches[expert].source, names.up)
 
     def fill_down(expert: int, into_DF: Tensor) -> None:
-        into_DF.copy_(branches[expert].source.read(names.down))
+        into_DF.copy_(sound(branches[expert].source, names.down))
 
     return bank_outputs(base, layer, len(branches), fill_up, fill_down)

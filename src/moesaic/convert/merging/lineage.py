@@ -27,20 +27,17 @@ _SETTINGS = (
 _ROWS = 256
 
 
-def check_one_base(base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
+def check_one_base(base: DenseModel, models: Sequence[DenseModel]) -> None:
     """Refuse models that were not fine-tuned from ``base``.
 
     They must have its architecture, the names and shapes of its tensors, its settings of attention and RoPE, and its
     tokens by the same ids. A model with the base's fingerprint is its own; one with another (its embedding was trained)
     must have matrices that point where the base's do.
 
-    Returns:
-        The fingerprints of the base and of all models.
-
     Raises:
         CheckpointError: which names the model and what differs.
     """
-    fingerprints, tokens = [base.source.fingerprint()], _token_ids(base.source)
+    fingerprint, tokens = base.source.fingerprint(), _token_ids(base.source)
     for model in models:
         where, of_base = repr(str(model.source.path)), f"the base {str(base.source.path)!r}"
         theirs, ours = model.source.config, base.source.config
@@ -56,14 +53,12 @@ def check_one_base(base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
                     f"{where} cannot be merged with {of_base}: {name} is {its!r} there, {mine!r} here"
                 )
         _check_tokens(tokens, _token_ids(model.source), f"{where} cannot be merged with {of_base}")
-        fingerprints.append(model.source.fingerprint())
-        if fingerprints[0] != fingerprints[-1] and (cosine := likeness(base, model)) < RELATED:
+        found = model.source.fingerprint()
+        if found != fingerprint and (cosine := likeness(base, model)) < RELATED:
             raise CheckpointError(
-                f"{where} was not fine-tuned from {of_base}: their fingerprints differ ({fingerprints[-1]}, "
-                f"{fingerprints[0]}), and their weights have nothing in common (cosine {cosine:.2f}, expected are "
-                f"{RELATED} and more)"
+                f"{where} was not fine-tuned from {of_base}: their fingerprints differ ({found}, {fingerprint}), and "
+                f"their weights have nothing in common (cosine {cosine:.2f}, expected are {RELATED} and more)"
             )
-    return fingerprints
 
 
 def likeness(base: DenseModel, model: DenseModel) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.convert.banks import Experts, FreshRouters
+from moesaic.convert.banks import Experts, FreshRouters, sound
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.merging.experts import mixed_outputs
 from moesaic.convert.merging.layers import LayerWeights
@@ -141,19 +141,19 @@ def merge(
 
     Raises:
         UnsupportedError: for a mixture of experts or an architecture that is not supported.
-        CheckpointError: where a model is damaged or does not come from the base, or ``out`` exists or holds another
-            unfinished conversion.
-        ConfigError: for settings that do not go together.
+        CheckpointError: where a model is damaged, has values that are not finite or does not come from the base, or
+            ``out`` exists or holds another unfinished conversion.
+        ConfigError: for settings that do not go together, or weights that make values too large for the dtype.
         UsageError: where ``out`` cannot be written.
     """
     base = check_dense(open_source(model))
     tuned = [check_dense(open_source(path)) for path in settings.models]
     special = LayerWeights.of((), settings.layer_weights, base.num_layers).special
-    fingerprint, *fingerprints = check_one_base(base, tuned)
+    check_one_base(base, tuned)
     told = {
         "method": "merge",
-        "model": fingerprint,
-        "models": [[str(path), each] for path, each in zip(settings.models, fingerprints, strict=True)],
+        "model": base.source.content(),
+        "models": [each.source.content() for each in tuned],
         **settings.told(),
     }
     check_output(Path(out), told)
@@ -206,6 +206,9 @@ class _Merging:
         merged = watch(torch.empty(shape, dtype=source.dtype(name)))
         for piece in vectors:
             merged[piece.rows] = self.method.merge(piece, weights, learned).to(merged.dtype)
+            if not torch.isfinite(merged[piece.rows]).all():
+                dtype = str(merged.dtype).removeprefix("torch.")
+                raise ConfigError(f"{name} merged by {list(weights)} is too large for {dtype}: give smaller weights")
         return merged
 
     def _rows(self, shape: tuple[int, ...]) -> int:
@@ -215,4 +218,4 @@ class _Merging:
 
 
 def _reader(model: DenseModel, name: str) -> Read:
-    return lambda rows: model.source.read(name, rows)
+    return lambda rows: sound(model.source, name, rows)
