@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.convert.models import dense_model
+from tokenizers.pre_tokenizers import ByteLevel
 
 from moesaic.convert import UpcycleSettings, check_dense, open_source, unpack, upcycle
 from moesaic.convert.gguf_source import transformers_name
@@ -55,6 +57,8 @@ def write(
     family: str = "llama",
     extra: dict[str, Any] | None = None,
     scaling: dict[str, str | float] | None = None,
+    kinds: tuple[str, ...] = (),
+    tokenizer: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     model = dense_model(family, **options)
@@ -72,18 +76,34 @@ def write(
     writer.add_vocab_size(config.vocab_size)
     for key, value in (scaling or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{arch}.rope.{key}", value)
+    quantized: dict[str, Any] = {}
+    if tokenizer:
+        alphabet = sorted(ByteLevel.alphabet())
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*alphabet, "<|endoftext|>", "ab"])
+        writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL])
+        writer.add_token_merges(["a b"])
+        for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+            add(256)
     for name, tensor in state.items():
         if arch == "llama" and ".q_proj." in name:
             tensor = interleaved(tensor, config.num_attention_heads)
         elif arch == "llama" and ".k_proj." in name:
             tensor = interleaved(tensor, config.num_key_value_heads)
-        writer.add_tensor(theirs(name), tensor.numpy())
+        if kinds and tensor.dim() == 2:
+            kind = gguf.GGMLQuantizationType[kinds[len(quantized) % len(kinds)]]
+            quantized[name] = kind
+            writer.add_tensor(theirs(name), gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(theirs(name), tensor.numpy())
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    for name, kind in quantized.items():
+        state[name] = torch.from_numpy(gguf.dequantize(gguf.quantize(state[name].numpy(), kind), kind).copy())
     return state
 
 
@@ -99,6 +119,49 @@ def test_tensors_are_those_of_the_model(tmp_path: Path, family: str) -> None:
         assert torch.equal(source.read(name, slice(1, 5)), expected[1:5]), name
     assert source.config.model_type == family
     assert check_dense(source).d_ff == 48
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_quantized_tensors_come_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setattr("moesaic.convert.gguf_source._VALUES_AT_ONCE", 100)  # 3 rows, or 1
+    path = tmp_path / "model.gguf"
+    state = write(path, family, kinds=("Q8_0", "Q4_1", "F16", "BF16", "Q4_0"), intermediate_size=96)
+    source = open_source(path)
+    for name, expected in state.items():
+        assert (source.shape(name), source.dtype(name)) == (tuple(expected.shape), torch.float32)
+        assert torch.equal(source.read(name), expected), name
+        for rows in (slice(1, 5), slice(3, None), slice(0, 0), slice(7, 100)):
+            assert torch.equal(source.read(name, rows), expected[rows]), name
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_reading_takes_little_memory_beside_the_tensor(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.gguf"
+    sizes = {"hidden_size": 512, "head_dim": 2048, "vocab_size": 8192, "num_hidden_layers": 1, "intermediate_size": 64}
+    write(path, kinds=("Q8_0",), **sizes)
+    source = open_source(path)
+    source.read(name, slice(0, 1))
+    tracemalloc.start()  # sees what numpy has, and not what torch has
+    tensor = source.read(name)
+    beside = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tensor.numel() * 4 >= 1 << 24 and beside < 1 << 22
+
+
+def test_values_that_gguf_cannot_read_are_refused_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", extra={"blk.1.attn_q.bias": torch.ones(32, dtype=torch.int16)})
+    with pytest.raises(UnsupportedError, match=r"holds model.layers.1.self_attn.q_proj.bias as I16, which the package"):
+        open_source(tmp_path / "model.gguf")
+
+
+def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write(path)
+    whole = path.read_bytes()
+    for length in (0, 3, 4, 20, 100, 333, 1000, len(whole) // 2, len(whole) - 1000):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"model.gguf' is no sound GGUF file"):
+            open_source(path)
 
 
 def test_values_do_not_hang_on_the_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from moesaic.convert.source import TensorSource, sample_places
 from moesaic.errors import CheckpointError, MissingDependencyError, UnsupportedError
 
+_VALUES_AT_ONCE = 1 << 18
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """GGUF's own names; a Mistral is a ``llama`` there."""
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -42,8 +43,8 @@ class GgufSource(TensorSource):
     Raises:
         CheckpointError: where the file is missing or damaged.
         MissingDependencyError: where ``gguf`` is not installed.
-        UnsupportedError: for another architecture, a mixture of experts, or rescaled rotary frequencies, which a
-            configuration cannot take over from GGUF.
+        UnsupportedError: for another architecture, a mixture of experts, rescaled rotary frequencies, which a
+            configuration cannot take over from GGUF, or values of a kind that ``gguf`` cannot dequantize.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,6 +71,9 @@ class GgufSource(TensorSource):
             if (name := transformers_name(tensor.name)) is not None:
                 self._tensors[name] = tensor
         self.names = tuple(self._tensors)
+        of_each_kind = {tensor.tensor_type: name for name, tensor in self._tensors.items()}
+        for name in of_each_kind.values():
+            self._dequantized(name, self._tensors[name].data[:1])  # refuses what gguf cannot read, now
 
     def _check(self, reader: Any) -> None:
         where = f"the GGUF file {str(self.path)!r}"
@@ -117,19 +121,35 @@ class GgufSource(TensorSource):
         return self._tensors[name]
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
+        stored = self._tensors[name]
+        if len(self.shape(name)) < 2:
+            whole = self._dequantized(name, stored.data)
+            return (whole if rows is None else whole[rows]).clone()
+        stored_rows = self._stored_rows(name)[rows or slice(None)]
+        tensor = torch.empty(len(stored_rows), *self.shape(name)[1:])
+        # gguf makes the values of all rows that it is given twice over.
+        for start in range(0, len(stored_rows), step := max(1, _VALUES_AT_ONCE // self.shape(name)[1])):
+            place = slice(start, start + step)
+            tensor[place] = self._dequantized(name, stored.data[stored_rows[place]])
+        return tensor
+
+    def _dequantized(self, name: str, data: Any) -> Tensor:
         from gguf import dequantize
 
-        stored = self._tensors[name]
+        kind = self._tensors[name].tensor_type
+        try:
+            return torch.from_numpy(np.array(dequantize(np.asarray(data), kind), dtype=np.float32))
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"the GGUF file {str(self.path)!r} holds {name} as {kind.name}, which the package gguf cannot read"
+            ) from error
+
+    def _stored_rows(self, name: str) -> Any:
+        """Which stored row each row of the tensor is."""
+        rows = np.arange(self.shape(name)[0])
         heads = self._interleaved_heads(name)
-        data = stored.data if rows is None or heads else stored.data[rows]
-        values = np.asarray(dequantize(data, stored.tensor_type), dtype=np.float32)
-        tensor = torch.from_numpy(values.copy() if values.base is not None or not values.flags.writeable else values)
-        if heads:
-            # [heads, half, 2, ...] to [heads, 2, half, ...]
-            by_pair = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-            tensor = by_pair.transpose(1, 2).reshape(tensor.shape)
-            tensor = tensor if rows is None else tensor[rows].clone()
-        return tensor
+        # Stored are [heads, half, 2], wanted [heads, 2, half].
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1) if heads else rows
 
     def _sample(self, name: str) -> bytes:
         stored = self._tensor(name).data.reshape(-1).view(np.uint8)
