@@ -118,6 +118,24 @@ def test_the_model_as_a_whole_comes_nearer(dense: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(layer.mlp.router.weight, weight)
 
 
+@pytest.mark.parametrize("window", [None, 6, 40, 64])
+def test_streams_are_those_of_the_models(tmp_path: Path, window: int | None) -> None:
+    """With attention over a window, too, shorter than a passage or not."""
+    dense = dense_folder(tmp_path / "dense", "mistral", sliding_window=window)
+    student, teacher = both(dense, tmp_path / "out")
+    ids = passages()
+    with torch.no_grad():
+        streams = module._Streams(student, teacher, ids)
+        for number in range(2):
+            streams.advance(number)
+            for model, found in ((student, streams.student_BSD), (teacher, streams.teacher_BSD)):
+                seen: list[Tensor] = []
+                hook = model.model.layers[number].register_forward_hook(lambda *call, seen=seen: seen.append(call[2]))
+                model.model(ids)
+                hook.remove()
+                torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-4)
+
+
 def test_one_router_for_all_layers(dense: Path, tmp_path: Path) -> None:
     student, teacher = both(dense, tmp_path / "out", pre_gating="stack")
     reached = refit(student, teacher, passages(24))

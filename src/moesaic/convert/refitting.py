@@ -109,7 +109,9 @@ class _Streams:
         self.teacher_BSD = teacher.model.embed_tokens(ids_BS)
         self._at_once = max(1, _TOKENS_AT_ONCE // ids_BS.shape[1])
         self._paths = [RoutePath(ids) for ids in ids_BS.split(self._at_once)]
-        self._positions_1S = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
+        places_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        self._positions_1S = places_S.unsqueeze(0)
+        self._mask_SS = _window(places_S, student.config.sliding_window)
 
     def advance(self, number: int) -> _Found:
         """Take both through the layer of that index."""
@@ -139,9 +141,17 @@ class _Streams:
 
     def _through(self, which: int, layer: Any, hidden_BSD: Tensor, **more: Any) -> Tensor:
         positions = self._models[which].rotary_emb(hidden_BSD, self._positions_1S)
-        found = layer(hidden_BSD, position_embeddings=positions, attention_mask=None, **more)
+        found = layer(hidden_BSD, position_embeddings=positions, attention_mask=self._mask_SS, **more)
         after_BSD: Tensor = found[0] if isinstance(found, tuple) else found
         return after_BSD
+
+
+def _window(places_S: Tensor, width: int | None) -> Tensor | None:
+    """``[1, 1, S, S]`` boolean, where a token sees another one; None where that is all before it."""
+    if width is None or len(places_S) <= width:
+        return None
+    back_SS = places_S[:, None] - places_S
+    return ((back_SS >= 0) & (back_SS < width))[None, None]
 
 
 def _fit(mlp: MoE, streams: _Streams, found: _Found, ridge: float) -> Refit:
