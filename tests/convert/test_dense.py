@@ -144,5 +144,20 @@ def test_shapes_and_values_that_do_not_fit(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
     state["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(48, 32, dtype=torch.int8)
     save_file(state, path / "model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"gate_proj.weight as torch.int8: supported are floats"):
+    with pytest.raises(UnsupportedError, match=r"gate_proj.weight as torch.int8: supported are torch.float32, torch.b"):
         check_dense(open_source(path))
+    state["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(48, 32).to(torch.float8_e4m3fn)
+    save_file(state, path / "model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"gate_proj.weight as torch.float8_e4m3fn: supported are torch.float32"):
+        check_dense(open_source(path))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_every_tensor_has_the_shape_that_the_configuration_says(tmp_path: Path, family: str) -> None:
+    path = dense_folder(tmp_path / "dense", family, num_hidden_layers=1, head_dim=16)
+    state = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+    check_dense(open_source(path))
+    for name, tensor in state.items():
+        save_file({**state, name: torch.zeros(tensor.shape[0] + 1, *tensor.shape[1:])}, path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"{name} of shape \[{tensor.shape[0] + 1}.*, configured is \["):
+            check_dense(open_source(path))

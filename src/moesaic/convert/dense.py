@@ -15,6 +15,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """transformers' ``model_type`` of the supported architectures."""
 ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 """``hidden_act`` of a gated feed-forward to our expert activation."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of its weights."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """How configurations of transformers call the number of a mixture's experts."""
 # Buffers that old checkpoints hold, and every model computes itself.
@@ -145,19 +147,24 @@ def is_moe(source: TensorSource) -> bool:
 
 
 def _check_tensors(model: DenseModel) -> None:
-    source, d_model, d_ff = model.source, model.d_model, model.d_ff
-    wanted: dict[str, tuple[int, ...] | None] = dict.fromkeys(model.outside())
-    wanted[EMBEDDING] = (source.config.vocab_size, d_model)
+    source = model.source
+    wanted = _outside(model)
     for layer in range(model.num_layers):
         gate, up, down = model.ffn(layer)
-        wanted |= {gate: (d_ff, d_model), up: (d_ff, d_model), down: (d_model, d_ff)}
-        wanted |= dict.fromkeys(model.others(layer))
+        wanted |= {
+            gate: (model.d_ff, model.d_model),
+            up: (model.d_ff, model.d_model),
+            down: (model.d_model, model.d_ff),
+        }
+        wanted |= {f"model.layers.{layer}.{name}": shape for name, shape in _others(source.config).items()}
     for name, shape in wanted.items():
         if name not in source:
             raise CheckpointError(f"{str(source.path)!r} is incomplete: it holds no {name}")
-        if not source.dtype(name).is_floating_point:
-            raise UnsupportedError(f"{str(source.path)!r} has {name} as {source.dtype(name)}: supported are floats")
-        if shape is not None and source.shape(name) != shape:
+        if source.dtype(name) not in DTYPES:
+            raise UnsupportedError(
+                f"{str(source.path)!r} has {name} as {source.dtype(name)}: supported are {', '.join(map(str, DTYPES))}"
+            )
+        if source.shape(name) != shape:
             raise CheckpointError(
                 f"{str(source.path)!r} has {name} of shape {list(source.shape(name))}, configured is {list(shape)}"
             )
@@ -169,13 +176,28 @@ def _check_tensors(model: DenseModel) -> None:
             )
 
 
-def _others(config: Any) -> list[str]:
+def _outside(model: DenseModel) -> dict[str, tuple[int, ...]]:
+    """The tensors of no layer and their shapes."""
+    embedding, norm, *head = model.outside()
+    vocabulary = (model.source.config.vocab_size, model.d_model)
+    return {embedding: vocabulary, norm: (model.d_model,), **dict.fromkeys(head, vocabulary)}
+
+
+def _others(config: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer beside the feed-forward's, and their shapes."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or width // heads
+    of_keys = (getattr(config, "num_key_value_heads", None) or heads) * size
+    rows = {"q": heads * size, "k": of_keys, "v": of_keys, "o": width}
     qkv, output = _biases(config)
-    names = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
-    names += [f"self_attn.{part}_proj.bias" for part in ("qkv" if qkv else "") + ("o" if output else "")]
+    biased = ("qkv" if qkv else "") + ("o" if output else "")
+    shapes: dict[str, tuple[int, ...]] = {
+        f"self_attn.{part}_proj.weight": (count, heads * size if part == "o" else width) for part, count in rows.items()
+    }
+    shapes |= {f"self_attn.{part}_proj.bias": (rows[part],) for part in biased}
     if config.model_type == "qwen3":
-        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    return [*names, "input_layernorm.weight", "post_attention_layernorm.weight"]
+        shapes |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
+    return {**shapes, "input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
 
 
 def _biases(config: Any) -> tuple[bool, bool]:
