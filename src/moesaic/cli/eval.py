@@ -12,10 +12,11 @@ from moesaic.errors import UsageError
 if TYPE_CHECKING:
     from moesaic.train.evaluation import Evaluation
     from moesaic.train.harness import TaskReport
+    from moesaic.train.on_disk import ModelOnDisk
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model folder, or the folder of a training run.")],
+    model: Annotated[str, typer.Argument(help="A model folder, that of a training run, or a .gguf file.")],
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,8 +43,8 @@ def command(
     against: Annotated[
         str,
         typer.Option(
-            help="The model that this one was made from: also tell how often both predict the same token, KL(parent "
-            "‖ model), and the ratio of their perplexities."
+            help="The model that this one was made from, a folder or a .gguf file: also tell how often both predict "
+            "the same token, KL(parent ‖ model), and the ratio of their perplexities."
         ),
     ] = "",
     task: Annotated[
@@ -61,12 +62,6 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the perplexity of our model, or of any causal language model of transformers on disk; or run tasks."""
-    for path in (model, against):
-        if path.endswith(".gguf"):
-            raise UsageError(
-                f"eval reads folders, not {path!r}: write it as one by moesaic convert {path} --to DENSE --method "
-                "dense, and give DENSE"
-            )
     adapted = None
     if adapter:
         from moesaic.adapters.merging import load_adapted
@@ -79,13 +74,13 @@ def command(
             raise UsageError("--task runs tasks in place of text: it goes without options that choose or cut text")
         asked = None if few_shot < 0 else few_shot
         found = evaluate_tasks(
-            model,
+            _readable(model),
             task,
             few_shot=asked,
             max_examples=max_examples or None,
             batch_size=batch_size,
             model=adapted,
-            against=against or None,
+            against=_readable(against) if against else None,
         )
         _show_tasks(found, as_json)
         return
@@ -94,7 +89,7 @@ def command(
     from moesaic.train.evaluation import evaluate_folder
 
     report = evaluate_folder(
-        model,
+        _readable(model),
         sources=data,
         split=split or None,
         sequence_length=sequence_length or None,
@@ -102,9 +97,17 @@ def command(
         batch_size=batch_size,
         precision=precision,
         model=adapted,
-        against=against or None,
+        against=_readable(against) if against else None,
     )
     _show(report, adapter, as_json)
+
+
+def _readable(path: str) -> str | ModelOnDisk:
+    if not path.endswith(".gguf"):
+        return path
+    from moesaic.convert import gguf_model
+
+    return gguf_model(path)
 
 
 def _show(report: Evaluation, adapter: str, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.distilling import Distilled, DistillSettings, distill
+from moesaic.convert.measured import gguf_model
 from moesaic.convert.merging import MERGES, Merged, MergeSettings, merge
 from moesaic.convert.pruning import Pruned, PruneSettings, prune
 from moesaic.convert.source import TensorSource, open_source
@@ -36,6 +37,7 @@ __all__ = [
     "Written",
     "check_dense",
     "distill",
+    "gguf_model",
     "merge",
     "open_source",
     "prune",

@@ -81,16 +81,16 @@ class TokenData:
 def prepare(
     sources: Sequence[str] = ("stdlib",),
     *,
-    tokenizer: str | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
     vocab_size: int = 4096,
     validation_fraction: float = 0.05,
     cache_dir: str | Path | None = None,
 ) -> TokenData:
     """Read, split and tokenize ``sources`` (see :func:`load_corpus`), or open what an earlier call made.
 
-    ``tokenizer`` is a folder or a name (see :func:`load_tokenizer`); None trains one of ``vocab_size``
-    entries on the training documents. Documents follow each other by domain and name, each ended by the
-    end-of-text token.
+    ``tokenizer`` is a folder or a name (see :func:`load_tokenizer`), or one that is loaded already; None trains one
+    of ``vocab_size`` entries on the training documents. Documents follow each other by domain and name, each
+    ended by the end-of-text token.
 
     The cache (default: ``$MOESAIC_CACHE`` or ``~/.cache/moesaic``) is keyed by the documents, the tokenizer
     and the settings. Files whose size and times are unchanged are not read again. Any number of processes may
@@ -101,7 +101,7 @@ def prepare(
     of range.
     """
     cache = Cache(cache_dir)
-    chosen = load_tokenizer(tokenizer) if tokenizer is not None else None
+    chosen = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     trained = f"{vocab_size}, tokenizers {tokenizers.__version__}"
     settings = {
         "format": FORMAT,

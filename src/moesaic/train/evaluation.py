@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.data import TokenData, load_tokenizer, prepare
+from moesaic.data import TokenData, prepare
 from moesaic.data.documents import Skipped
 from moesaic.data.sources import STDLIB
 from moesaic.data.tokenizer import tokenizer_fingerprint
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf.causality import later_slots_seen, later_tokens_seen
-from moesaic.hf.load import load_config, load_model, model_folder
 from moesaic.layer import moe_layers
 from moesaic.train.agreement import Agreement, evaluate_against
 from moesaic.train.evaluate import DomainResult, bytes_per_token, evaluate, model_positions
+from moesaic.train.on_disk import ModelOnDisk, on_disk
 from moesaic.train.recipe import DataSettings, TextSettings
 
 LONGEST = 1024
@@ -53,7 +53,7 @@ class Evaluation:
 
 
 def evaluate_folder(
-    path: str | Path,
+    path: str | Path | ModelOnDisk,
     *,
     sources: Sequence[str] | None = None,
     split: str | None = None,
@@ -62,19 +62,20 @@ def evaluate_folder(
     batch_size: int = 8,
     precision: str = "fp32",
     model: PreTrainedModel | None = None,
-    against: str | Path | None = None,
+    against: str | Path | ModelOnDisk | None = None,
 ) -> Evaluation:
     """Measure a model on disk: ours, or any causal language model of transformers.
 
     Args:
-        path: a model folder, or the folder of a training run.
+        path: a model folder, the folder of a training run, or a model that lies elsewhere
+            (:func:`moesaic.convert.gguf_model`).
         sources: as :func:`moesaic.data.prepare` takes them; by default what the run was trained on, else ``stdlib``.
         split: ``"validation"`` (what training holds out) or ``"all"``; by default the former, but all of sources that
             were given and are not ``stdlib``.
         sequence_length: by default the run's own, else 1024 or what the model or the shortest domain allows.
         model: measured in the place of the folder's own, which is then not loaded, on the same text with its tokenizer.
-        against: the folder of the model that this one was made from (or any other with its tokenizer), to be measured
-            beside it.
+        against: the model that this one was made from (or any other with its tokenizer), to be measured beside it;
+            given as ``path`` is.
 
     Raises:
         CheckpointError: where there is no usable model.
@@ -83,19 +84,18 @@ def evaluate_folder(
     """
     if split not in (None, "validation", "all"):
         raise ConfigError(f"split is {split!r}: it must be one of validation, all")
-    if against is not None:
-        _check_parent(path, against)
-    if model is None:
-        model, tokenizer = load_model(path)
-    else:
-        tokenizer = load_tokenizer(str(model_folder(path)))
-    parent = load_model(against)[0] if against is not None else None
-    run, fingerprint = _run_of(Path(path))
+    own = on_disk(path)
+    other = None if against is None else on_disk(against)
+    if other is not None:
+        _check_parent(own, other)
+    model = model if model is not None else own.load()
+    parent = None if other is None else other.load().to(next(model.parameters()).device)  # type: ignore[arg-type]
+    run, fingerprint = _run_of(Path(own.path))
     chosen = list(sources or (run.sources if run else [STDLIB]))
     split = split or ("all" if sources and chosen != [STDLIB] else "validation")
     fraction = run.validation_fraction if run else 0.05
     trained = run.vocab_size if isinstance(run, DataSettings) and not (run.tokenizer or sources) else None
-    data = _prepare(chosen, tokenizer, model_folder(path), trained, fraction)
+    data = _prepare(chosen, own.tokenizer, trained, fraction)
     sides = ("train", "validation") if split == "all" else ("validation",)
     tokens = {
         name: np.concatenate([getattr(data, side)[name] for side in sides if name in getattr(data, side)])
@@ -122,30 +122,28 @@ def evaluate_folder(
     layers = moe_layers(model)
     not_causal = later_tokens_seen(layers) or later_slots_seen(layers)
     return Evaluation(
-        str(path),
+        own.path,
         split,
         sequence_length,
         results,
         data.skipped,
         changed,
         not_causal,
-        str(against) if against is not None else None,
+        None if other is None else other.path,
         agreement,
     )
 
 
-def _check_parent(path: str | Path, parent: str | Path) -> None:
+def _check_parent(own: ModelOnDisk, parent: ModelOnDisk) -> None:
     """Refuse a parent whose tokens are not those of the model: its predictions could not be compared."""
-    ours, theirs = model_folder(path), model_folder(parent)
-    sizes = [load_config(folder).get_text_config().vocab_size for folder in (ours, theirs)]
-    if sizes[0] != sizes[1]:
+    if own.vocab_size != parent.vocab_size:
         raise ConfigError(
-            f"{str(path)!r} has a vocabulary of {sizes[0]} and {str(parent)!r} one of {sizes[1]}: give the model that "
-            "the first was made from"
+            f"{own.path!r} has a vocabulary of {own.vocab_size} and {parent.path!r} one of {parent.vocab_size}: give "
+            "the model that the first was made from"
         )
-    if len({tokenizer_fingerprint(load_tokenizer(str(folder))) for folder in (ours, theirs)}) > 1:
+    if len({tokenizer_fingerprint(each.tokenizer) for each in (own, parent)}) > 1:
         raise ConfigError(
-            f"the tokenizers in {str(path)!r} and {str(parent)!r} differ: give the model that the first was made from"
+            f"the tokenizers in {own.path!r} and {parent.path!r} differ: give the model that the first was made from"
         )
 
 
@@ -165,7 +163,7 @@ def _run_of(path: Path) -> tuple[TextSettings | None, str | None]:
 
 
 def _prepare(
-    sources: list[str], tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int | None, fraction: float
+    sources: list[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, fraction: float
 ) -> TokenData:
     """Tokens made by the model's own tokenizer.
 
@@ -175,4 +173,4 @@ def _prepare(
         data = prepare(sources, vocab_size=vocab_size, validation_fraction=fraction)
         if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(tokenizer):
             return data
-    return prepare(sources, tokenizer=str(folder), validation_fraction=fraction)
+    return prepare(sources, tokenizer=tokenizer, validation_fraction=fraction)

@@ -16,9 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.data import load_tokenizer
 from moesaic.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
-from moesaic.hf.load import load_model, model_folder
+from moesaic.train.on_disk import ModelOnDisk, on_disk
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class TaskReport:
 
     Attributes:
         few_shot: examples shown before each question; None: as each task says.
-        against: the parent's folder, and ``parent`` its results; None and empty where there is none.
+        against: the parent's path, and ``parent`` its results; None where there is none.
     """
 
     model: str
@@ -54,24 +53,25 @@ class TaskReport:
 
 
 def evaluate_tasks(
-    path: str | Path,
+    path: str | Path | ModelOnDisk,
     tasks: Sequence[str],
     *,
     few_shot: int | None = None,
     max_examples: int | None = None,
     batch_size: int = 8,
     model: PreTrainedModel | None = None,
-    against: str | Path | None = None,
+    against: str | Path | ModelOnDisk | None = None,
 ) -> TaskReport:
     """Run tasks of the harness on a model folder, and on its parent.
 
     Args:
-        path: a model folder, or the folder of a training run.
+        path: a model folder, the folder of a training run, or a model that lies elsewhere
+            (:func:`moesaic.convert.gguf_model`).
         tasks: names that the harness knows, or ``.yaml`` files that describe a task of one's own.
         few_shot: examples shown before each question; by default what each task says.
         max_examples: ask at most so many questions of each task; by default all.
         model: run in the place of the folder's own, which is then not loaded, with its tokenizer.
-        against: a second model folder, to be run on the same tasks.
+        against: a second model, to be run on the same tasks.
 
     Raises:
         MissingDependencyError: without lm-eval.
@@ -88,16 +88,14 @@ def evaluate_tasks(
             raise ConfigError(f"{name} is {value}: it must be at least {least}")
     with _quiet():
         manager, names = _find(tasks)
-        folders = [path] if against is None else [path, against]
-        for folder in folders:
-            model_folder(folder)
+        models = [on_disk(each) for each in (path, against) if each is not None]
         found = []
-        for folder in folders:
-            loaded = load_model(folder) if model is None else (model, load_tokenizer(str(model_folder(folder))))
-            found.append(_run(*loaded, manager, names, few_shot, max_examples, batch_size))
+        for each in models:
+            loaded = each.load() if model is None else model
+            found.append(_run(loaded, each.tokenizer, manager, names, few_shot, max_examples, batch_size))
             model = None
-    told = str(against) if against is not None else None
-    return TaskReport(str(path), few_shot, found[0], told, found[1] if told else None)
+    parent = None if against is None else models[1].path
+    return TaskReport(models[0].path, few_shot, found[0], parent, None if against is None else found[1])
 
 
 def _find(tasks: Sequence[str]) -> tuple[Any, list[str]]:
@@ -121,7 +119,8 @@ def _find(tasks: Sequence[str]) -> tuple[Any, list[str]]:
             raise DataError(f"{task!r} describes no task: it has no line 'task: NAME'")
         names.append(named[1])
         folders.append(str(file.resolve().parent))
-    manager = TaskManager(include_path=folders or None)
+    # The harness reads the thousands of its own tasks for half a minute: not where none of them is asked for.
+    manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(tasks))
     for name in names:
         if not manager.match_tasks([name]):
             near = did_you_mean(name, manager.all_tasks).partition("allowed:")[0].strip()
