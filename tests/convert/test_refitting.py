@@ -11,7 +11,7 @@ from tests.convert.models import dense_folder
 from tests.convert.test_calibration import text_folder
 from torch import Tensor
 
-from moesaic.convert import SplitSettings, check_dense, open_source, split
+from moesaic.convert import SplitSettings, UpcycleSettings, check_dense, open_source, split, upcycle
 from moesaic.convert import refitting as module
 from moesaic.convert.refitting import refit
 from moesaic.convert.teacher import load_dense
@@ -45,13 +45,35 @@ def test_the_teacher_is_the_dense_model(dense: Path) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_with_all_experts_on_nothing_changes(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("close", [module.CLOSE, 0.0])
+def test_with_all_experts_on_nothing_changes(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close: float
+) -> None:
+    monkeypatch.setattr(module, "CLOSE", close)
     student, teacher = both(dense, tmp_path / "out", active=1.0)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     reached = refit(student, teacher, passages())
     assert all(each.after < 1e-8 for each in reached.values())
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-4)
+
+
+def test_copies_of_the_feed_forward_are_not_fitted(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In neither precision: that would take long, for nothing."""
+    upcycle(dense, tmp_path / "out", UpcycleSettings(num_experts=4))
+    student, _ = load_model(tmp_path / "out", dtype=torch.float32, device="cpu")
+    teacher = load_dense(check_dense(open_source(dense)), torch.float32)
+
+    def solve(*_: object) -> None:
+        raise AssertionError("it was fitted")
+
+    monkeypatch.setattr(torch.linalg, "solve", solve)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            reached = refit(student, teacher, passages())
+        assert set(reached) == {0, 1} and all(each.after == each.before < 0.01 for each in reached.values())
 
 
 @pytest.mark.parametrize("shared", [0, 8])

@@ -64,6 +64,23 @@ def test_interrupted_and_again_is_as_straight(tmp_path: Path) -> None:
     assert all(torch.equal(value, again[name]) for name, value in straight.items())
 
 
+def test_from_gguf_both_ways(tmp_path: Path) -> None:
+    """The teacher and its tokenizer are in the file, interrupted or not."""
+    from tests.convert.test_gguf_source import write  # skips where gguf is not installed
+
+    write(tmp_path / "dense.gguf", tokenizer=True)
+    make(tmp_path, "dense.gguf")
+    (tmp_path / "out").rename(tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        make(tmp_path, "dense.gguf", say=interrupt)
+    made = make(tmp_path, "dense.gguf")
+    assert made.split is None and made.distilled.steps == 2
+    straight, again = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out"))
+    assert all(torch.equal(value, again[name]) for name, value in straight.items())
+    with pytest.raises(CheckpointError, match="exists already"):
+        make(tmp_path, "dense.gguf")
+
+
 def test_a_split_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         make(tmp_path, say=interrupt)

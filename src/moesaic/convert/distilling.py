@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -249,12 +248,9 @@ def read_lessons(model: TensorSource, settings: DistillSettings, length: int, sa
         CheckpointError: where the model has no tokenizer.
     """
     say("reading the text")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = model.tokenizer_from
-        if folder.suffix == ".gguf":
-            load_tokenizer(folder).save_pretrained(scratch)
-            folder = Path(scratch)
-        text = prepare(settings.data, tokenizer=str(folder), validation_fraction=settings.held_out)
+    where = model.tokenizer_from
+    tokenizer = load_tokenizer(where) if where.suffix == ".gguf" else str(where)
+    text = prepare(settings.data, tokenizer=tokenizer, validation_fraction=settings.held_out)
     if not text.train:
         raise DataError(f"the text has no documents beside the share of {settings.held_out} that is held out")
     for name, ids in text.train.items():
