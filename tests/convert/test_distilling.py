@@ -142,11 +142,11 @@ def test_killed_and_again_is_as_straight(student: Path, dense: Path, data: tuple
     assert not (out / "work").exists()
 
 
-def shifted(folder: Path, into: Path, ending: str) -> Path:
+def shifted(folder: Path, into: Path, ending: str, by: float = 0.01) -> Path:
     """A copy in which one tensor differs: as if that had been trained on."""
     shutil.copytree(folder, into)
     tensors = load_file(into / "model.safetensors")
-    tensors[f"model.layers.1.{ending}"] += 0.01
+    tensors[f"model.layers.1.{ending}"] += by
     save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
     return into
 
@@ -187,6 +187,20 @@ def test_passages_are_no_longer_than_the_models_read(
         distill(student, short, tmp_path / "out", settings(data, sequence_length=64))
     made = distill(student, short, tmp_path / "out", settings(data, sequence_length=None, tokens=2 * 48, batch_size=2))
     assert (made.steps, made.tokens) == (1, 96)
+
+
+def test_damaged_remains_and_teachers_are_told(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        distill(student, dense, out, settings(data), say=stop_at(1))
+    (tmp_path / "out.partial/work/state.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"cannot be gone on from: .*; to begin anew, remove '.*out.partial'"):
+        distill(student, dense, out, settings(data))
+    bad = shifted(dense, tmp_path / "bad", "mlp.up_proj.weight", math.inf)
+    with pytest.raises(CheckpointError, match=r"bad' is damaged: model.layers.1.mlp.up_proj.weight holds values that"):
+        distill(student, bad, tmp_path / "other", settings(data))
 
 
 def test_text_that_cannot_be_learned_leaves_nothing_behind(

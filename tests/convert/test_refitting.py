@@ -15,7 +15,7 @@ from moesaic.convert import SplitSettings, UpcycleSettings, check_dense, open_so
 from moesaic.convert import refitting as module
 from moesaic.convert.refitting import refit
 from moesaic.convert.teacher import load_dense
-from moesaic.errors import DataError
+from moesaic.errors import CheckpointError, DataError
 from moesaic.hf.load import load_model
 
 
@@ -186,6 +186,14 @@ def test_under_autocast_the_fit_is_float32(dense: Path, tmp_path: Path, monkeypa
         assert found.dtype == torch.float32
         expected = found.double().T @ found.double()
         torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_values_that_are_not_finite_are_told(dense: Path, tmp_path: Path) -> None:
+    student, teacher = both(dense, tmp_path / "out")
+    with torch.no_grad():
+        student.model.layers[1].mlp.experts.up[:, 2, 3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"what layer 2 of the student \(model.layers.1\) gives is not finite"):
+        refit(student, teacher, passages())
 
 
 def test_too_few_tokens_are_refused(dense: Path, tmp_path: Path) -> None:

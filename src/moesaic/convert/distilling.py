@@ -313,7 +313,10 @@ def _begin(
         precision=precision,
     )
     if (saved := work / "state.safetensors").is_file():
-        lessons.load(saved)
+        try:
+            lessons.load(saved)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; to begin anew, remove {str(work.parent)!r}") from error
         say("learning is over: writing" if lessons.finished else f"going on after step {lessons.step}")
         return lessons, {}
     if settings.warm_start == 0:

@@ -222,7 +222,7 @@ class Lessons:
         """All that the next step depends on, in one file."""
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.trained.items()}
         for name, buffer in self.student.named_buffers():
-            tensors[f"buffer.{name}"] = buffer
+            tensors[f"buffer.{name}"] = buffer.clone()  # one may be another one's
         for name, parameter in self.trained.items():
             for part, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{part}.{name}"] = value
@@ -236,7 +236,7 @@ class Lessons:
             "mixture": self.mixture.state(),
         }
         tensors["note"] = torch.from_numpy(np.frombuffer(json.dumps(note).encode(), dtype=np.uint8).copy())
-        save_atomically({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        save_atomically(tensors, path)
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote.

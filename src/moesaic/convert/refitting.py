@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.errors import DataError
+from moesaic.errors import CheckpointError, DataError
 from moesaic.experts import ExpertBank
 from moesaic.layer import MoE
 from moesaic.routing import RoutePath
@@ -66,6 +66,7 @@ def refit(
 
     Raises:
         DataError: for too few tokens: fewer than a layer has hidden neurons that a token uses.
+        CheckpointError: where a layer of one of them gives values that are not finite.
     """
     used = tokens_needed(student)
     if ids_BS.numel() < used:
@@ -140,6 +141,12 @@ class _Streams:
                 self.teacher_BSD[rows] = self._through(1, teacher, self.teacher_BSD[rows])
         finally:
             hook.remove()
+        for whose, stream_BSD in (("student", self.student_BSD), ("teacher", self.teacher_BSD)):
+            if not torch.isfinite(stream_BSD).all():
+                raise CheckpointError(
+                    f"what layer {number + 1} of the {whose} (model.layers.{number}) gives is not finite: weights "
+                    "there or before are damaged"
+                )
         return _Found(torch.cat(inputs), torch.cat(weights) if weights else torch.empty(0), torch.cat(said))
 
     def _through(self, which: int, layer: Any, hidden_BSD: Tensor, **more: Any) -> Tensor:
