@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,11 +139,16 @@ def test_prunes(made: Path, tmp_path: Path, how: str, capsys: Captured) -> None:
         (["--method", "merge", "--criterion", "weight"], "--criterion says nothing to --method merge"),
         (
             ["--method", "split", "--top-k", "2"],
-            "--top-k says nothing to --method split: it is an option of upcycle and",
+            "--top-k says nothing to --method split: it is an option of upcycle, merge",
         ),
+        (["--method", "merge", "--with", "{made}/one", "--top-k", "1"], "--top-k says nothing to merge into dense"),
+        (["--method", "merge", "--with", "{made}/one", "--no-base-expert"], "--base-expert says nothing to merge into"),
+        (["--method", "prune", "--keep", "2", "--trace", "r", "--tokens", "9"], "--tokens says nothing to --trace"),
+        (["--method", "prune", "--keep", "2", "--similarity", "weights"], "--similarity says nothing to prune so: it"),
         (["--method", "split", "--no-perturb"], "--perturb says nothing to --method split"),
         (["--method", "split", "--loss", "kl"], "training needs a budget: give one of --minutes and --train-tokens"),
         (["--method", "split", "--minutes", "1", "--train-tokens", "9"], "give one of --minutes and --train-tokens"),
+        (["--method", "split", "--train-tokens", "0"], "--train-tokens is 0: it must be a whole number from 1 on"),
         (["--method", "split", "--minutes", "0"], "minutes is 0.0: it must be above 0"),
         (["--method", "split", "--minutes", "1", "--loss", "kd"], "'kd'"),
         (["--method", "distill", "--minutes", "1"], "give it as --teacher"),
@@ -209,26 +215,25 @@ def test_every_option_of_a_method_is_an_option(capsys: Captured, monkeypatch: py
 
 
 def test_what_is_printed_to_compare_works(made: Path, tmp_path: Path, capsys: Captured) -> None:
-    assert convert(made, tmp_path / "out", "--method", "upcycle", "--experts", "2") == 0
-    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert convert(made, tmp_path / "my mixture", "--method", "upcycle", "--experts", "2") == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:2] == ["moesaic", "eval"]
     assert run([*command[1:], "--data", str(made / "a.txt")]) == 0
     assert "same next token" in capsys.readouterr().out
 
 
-def test_a_gguf_file_is_written_out_before_it_is_compared(
+def test_an_interrupted_method_says_what_it_leaves(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    upcycled = RUN["upcycle"]
-    monkeypatch.setitem(RUN, "upcycle", lambda model, *rest: upcycled(str(made / "base"), *rest))
-    assert run(["convert", "base.gguf", "--to", str(tmp_path / "out"), "--method", "upcycle"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"moesaic convert base.gguf --to {tmp_path / 'out'}-dense --method dense",
-        f"moesaic eval {tmp_path / 'out'} --against {tmp_path / 'out'}-dense",
-    ]
-    assert run(["eval", str(tmp_path / "out"), "--against", "base.gguf"]) == 2
-    message = "eval reads folders, not 'base.gguf': write it as one by moesaic convert base.gguf --to DENSE --method"
-    assert message in " ".join(capsys.readouterr().err.split())
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(RUN, "upcycle", stopped)
+    assert convert(made, tmp_path / "out", "--method", "upcycle") == 130
+    assert capsys.readouterr().err == ""
+    (tmp_path / "out.partial").mkdir()
+    assert convert(made, tmp_path / "out", "--method", "upcycle") == 130
+    assert f"interrupted: the same command goes on from '{tmp_path}/out.partial'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("first", "says"), [(float("nan"), "(a 100% at the end)"), (2.0, "loss 2.000 at first")])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moesaic.cli.methods import RUN, settings_of
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, Interrupted
 
 _SPLIT, _UPCYCLE, _MERGE, _PRUNE = (f"--method {name}" for name in ("split", "upcycle", "merge", "prune"))
 _TEACH, _TEXT = "Training after --method split, and --method distill", "Text: split, distill and prune"
@@ -31,7 +32,9 @@ def command(
     ] = None,
     shared: Annotated[
         int | None,
-        typer.Option(help="Hidden neurons of a shared expert, which every token uses.", rich_help_panel=_SPLIT),
+        typer.Option(
+            help="Hidden neurons of a shared expert, which every token uses; none by default.", rich_help_panel=_SPLIT
+        ),
     ] = None,
     criterion: Annotated[
         str | None,
@@ -43,7 +46,8 @@ def command(
     pre_gating: Annotated[
         str | None,
         typer.Option(
-            help="none: a router in each layer; stack: one that decides for all, from the token's embedding (Read-ME).",
+            help="none (the default): a router in each layer; stack: one that decides for all, from the token's "
+            "embedding (Read-ME).",
             rich_help_panel=_SPLIT,
         ),
     ] = None,
@@ -64,7 +68,8 @@ def command(
     labels: Annotated[
         float | None,
         typer.Option(
-            help="Part of the loss that is the text's own next token, 0 to 1; the rest is the dense model's word.",
+            help="Part of the loss that is the text's own next token, 0 to 1; the rest is the dense model's "
+            "word; 0.3 by default.",
             rich_help_panel=_TEACH,
         ),
     ] = None,
@@ -76,7 +81,9 @@ def command(
             rich_help_panel=_TEACH,
         ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest.", rich_help_panel=_TEACH)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest; 0.0004 by default.", rich_help_panel=_TEACH)
+    ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(help="Experts of a token (also for merge into experts); 2 by default.", rich_help_panel=_UPCYCLE),
@@ -91,16 +98,22 @@ def command(
     drop: Annotated[
         float | None,
         typer.Option(
-            help="Share of each copy's neurons that is drawn anew (Drop-Upcycling).", rich_help_panel=_UPCYCLE
+            help="Share of each copy's neurons that is drawn anew (Drop-Upcycling); none by default.",
+            rich_help_panel=_UPCYCLE,
         ),
     ] = None,
     noise: Annotated[
         float | None,
-        typer.Option(help="What is added to each copy, relative to its own values.", rich_help_panel=_UPCYCLE),
+        typer.Option(
+            help="What is added to each copy, relative to its own values; nothing by default.", rich_help_panel=_UPCYCLE
+        ),
     ] = None,
     router: Annotated[
         str | None,
-        typer.Option(help="Router of the new experts (also for merge into experts).", rich_help_panel=_UPCYCLE),
+        typer.Option(
+            help="Router of the new experts (also for merge into experts); softmax_topk by default.",
+            rich_help_panel=_UPCYCLE,
+        ),
     ] = None,
     with_: Annotated[
         list[str] | None,
@@ -113,7 +126,8 @@ def command(
     into: Annotated[
         str | None,
         typer.Option(
-            help="dense: one model like the base; experts: a mixture with one expert for each (Branch-Train-MiX).",
+            help="dense (the default): one model like the base; experts: a mixture with one expert for each "
+            "(Branch-Train-MiX).",
             rich_help_panel=_MERGE,
         ),
     ] = None,
@@ -173,12 +187,17 @@ def command(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="split, prune: about how many of it to measure on.", rich_help_panel=_TEXT)
+        int | None,
+        typer.Option(help="split, prune: about how many of it to measure on; 16384 by default.", rich_help_panel=_TEXT),
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens that the model sees at once.", rich_help_panel=_TEXT)
+        int | None,
+        typer.Option(
+            help="Tokens that the model sees at once; 512 by default, or as many as it has positions.",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is random; 0 by default.")] = None,
     shard_gib: Annotated[float, typer.Option(help="The largest file of weights, and the memory for it.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -205,7 +224,13 @@ def command(
     fields = settings_of(method, given)
     if not 0 < shard_gib < 1e6:
         raise ConfigError(f"--shard-gib is {shard_gib:g}: it must be above 0")
-    lines, made = RUN[method](model, to, fields, int(shard_gib * 2**30))
+    try:
+        lines, made = RUN[method](model, to, fields, int(shard_gib * 2**30))
+    except KeyboardInterrupt:
+        kept = [path for end in (".partial", ".split", ".split.partial") if (path := Path(f"{to}{end}")).exists()]
+        if not kept:
+            raise
+        raise Interrupted(f"interrupted: the same command goes on from {str(kept[0])!r}") from None
     if as_json:
         from moesaic.cli.output import print_json
 
@@ -216,9 +241,5 @@ def command(
     size = f"{written.parameters / 1e6:,.1f} M parameters, {written.nbytes / 1e6:,.0f} MB"
     print(f"wrote {to}: {size}" + (f" in {written.shards} files" if written.shards > 1 else ""))
     if method in ("split", "distill", "upcycle"):
-        dense = teacher or model
         print("what it keeps of the dense model:")
-        if dense.endswith(".gguf"):  # eval reads folders
-            print(f"moesaic convert {dense} --to {to}-dense --method dense")
-            dense = f"{to}-dense"
-        print(f"moesaic eval {to} --against {dense}")
+        print(f"moesaic eval {shlex.quote(str(to))} --against {shlex.quote(teacher or model)}")

@@ -89,8 +89,9 @@ def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in METHODS[method]:
             flag = name.replace("_", "-")
-            owners = " and ".join(other for other, options in METHODS.items() if name in options)
+            owners = ", ".join(other for other, options in METHODS.items() if name in options)
             raise UsageError(f"--{flag} says nothing to --method {method}: it is an option of {owners}")
+    _check_together(method, given)
     parse: dict[str, Callable[[Any], Any]] = {
         "data": tuple,
         "with": tuple,
@@ -101,6 +102,22 @@ def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         "option": lambda texts: {name: _value(text) for name, text in _pairs("--option", texts)},
     }
     return {METHODS[method][name]: parse.get(name, lambda value: value)(value) for name, value in given.items()}
+
+
+def _check_together(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse what the method takes and would not look at, by the other options."""
+    idle: list[tuple[tuple[str, ...], str]] = []
+    if method == "merge" and given.get("into", "dense") == "dense":
+        idle = [(("top_k", "router", "base_expert"), "merge into dense: it is for --into experts")]
+    if method == "prune":
+        if "trace" in given:
+            idle = [(("tokens", "sequence_length"), "--trace, with which no text is read")]
+        if given.get("how", "drop") == "drop" and given.get("by", "reap") in ("reap", "usage"):
+            idle += [(("similarity",), "prune so: it is for --by similarity and for --how merge")]
+    for names, where in idle:
+        for name in names:
+            if name in given:
+                raise UsageError(f"--{name.replace('_', '-')} says nothing to {where}")
 
 
 def _pairs(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -174,6 +191,8 @@ def _teaching(fields: dict[str, Any]) -> DistillSettings:
 
     if ("minutes" in fields) == ("train_tokens" in fields):
         raise UsageError("training needs a budget: give one of --minutes and --train-tokens")
+    if (tokens := fields.get("train_tokens", 1)) < 1:  # the settings would tell it of tokens, another option here
+        raise ConfigError(f"--train-tokens is {tokens}: it must be a whole number from 1 on")
     return DistillSettings(**{"tokens" if name == "train_tokens" else name: value for name, value in fields.items()})
 
 
