@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,26 @@ def test_work_goes_after_the_model_is_in_its_place(
     assert (partial / "work" / "found").is_file()
     monkeypatch.undo()
     Copy(dense).write(out)
+    assert not (out / "work").exists()
+
+
+def test_an_interruption_while_work_goes_leaves_none_of_it(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, remove, tried = tmp_path / "out", shutil.rmtree, []
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        tried.append(args)
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+        remove(*args, **options)
+
+    with partial_folder(out, SETTINGS) as partial:
+        (partial / "work").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Copy(dense).write(out)
+    load_model(out)
     assert not (out / "work").exists()
 
 

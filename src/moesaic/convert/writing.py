@@ -251,11 +251,15 @@ def _finish(partial: Path, folder: Path, files: set[str]) -> None:
     for path in partial.glob("model*.safetensors"):  # shards of a start with another shard size
         if path.name not in files:
             path.unlink()
-    for left in (".model*", f".{NOTE}.*"):  # by a kill
-        for path in partial.glob(left):
-            path.unlink()
+    for path in partial.glob(".*"):  # files that a kill has left unfinished, ours and those of safetensors
+        path.unlink()
     partial.rename(folder)
-    shutil.rmtree(folder / "work", ignore_errors=True)  # only now: a kill before would have made it to be done again
+    work = folder / "work"  # goes only now: a kill before would have made it to be done again
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _replace_text(path: Path, text: str) -> None:
