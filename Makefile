@@ -2,6 +2,7 @@
 #   PYTHON=...  the Python that .venv is made with (3.11 or newer)
 #   TORCH=...   system: the torch that PYTHON already has; or a wheel or requirement for pip (see scripts/make_venv.py)
 #   WORKERS=... processes that run the tests
+#   MINUTES=... how long demo-real trains
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 WORKERS ?= 2
 RUN := .venv/bin/python
@@ -22,8 +23,7 @@ demo: setup
 MINUTES ?= 3
 REAL := runs/smollm2
 demo-real: setup
-	rm -rf $(REAL)
-	dense=$$($(RUN) scripts/smollm2.py) && \
+	dense=$$($(RUN) scripts/smollm2.py) && rm -rf $(REAL) && \
 	    $(RUN) -m moesaic convert "$$dense" --to $(REAL) --method split --tokens 8192 --minutes $(MINUTES) && \
 	    $(RUN) -m moesaic eval $(REAL) --data stdlib --max-tokens 8192 --batch-size 2 --against "$$dense" && \
 	    $(RUN) -m moesaic generate $(REAL) --chat --prompt "What is the capital of France?" --temperature 0

