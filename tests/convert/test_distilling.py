@@ -235,7 +235,7 @@ def test_interrupted_in_the_warm_start(student: Path, dense: Path, data: tuple[s
         if line.startswith("layer 1 of 2"):
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="of which nothing is saved"):
+    with pytest.raises(Interrupted, match="of which nothing is saved: the same command begins the warm start anew"):
         distill(student, dense, tmp_path / "out", settings(data), say=say)
     made = distill(student, dense, tmp_path / "out", settings(data))
     assert made.steps == 12

@@ -345,7 +345,7 @@ def test_likeness_tells_fine_tuned_from_foreign(tmp_path: Path) -> None:
         ({"into": "expert"}, "into is 'expert': did you mean 'experts'"),
         ({"by": "average"}, "unknown merge method 'average'"),
         ({"weights": (1.0,)}, "weights has 1 numbers for 2 models"),
-        ({"into": "experts", "weights": (1.0, 1.0)}, "weights has 2 numbers for 3 models"),
+        ({"into": "experts", "weights": (1.0, 1.0)}, r"weights \(the base's is the first\) has 2 numbers for 3 models"),
         ({"layer_weights": {"0": (1.0,)}}, "layer_weights of '0' has 1 numbers for 2 models"),
         ({"into": "experts", "top_k": 4}, "top_k is 4: it must be at least 1 and at most num_experts = 3"),
         ({"into": "experts", "models": ["a"], "with_base": False}, "a mixture needs two experts"),

@@ -337,7 +337,9 @@ def _warm(lessons: Lessons, given: int, length: int, work: Path, stop: StopReque
 
     def before(layer: int) -> None:
         if stop.received is not None:
-            raise Interrupted("interrupted in the warm start, of which nothing is saved: the same command begins anew")
+            raise Interrupted(
+                "interrupted in the warm start, of which nothing is saved: the same command begins the warm start anew"
+            )
         say(f"layer {layer + 1} of {len(lessons.student.model.layers)}: fitting its experts to the dense layer")
 
     with autocast(ids_BT.device, lessons.precision):

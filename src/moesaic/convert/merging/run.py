@@ -71,6 +71,7 @@ class MergeSettings:
         for where, weights in [("weights", self.weights), *self.layer_weights.items()]:
             if weights is not None:
                 name = where if where == "weights" else f"layer_weights of {where!r}"
+                name += " (the base's is the first)" if self.counts_base else ""
                 method.check_weights(tuple(weights), number, name)
         if self.into == "experts":
             self.experts(0.02)
