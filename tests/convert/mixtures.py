@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def mixture(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of six experts a layer, two a token, in evaluation mode."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SIZES, "num_experts_per_tok": 2, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**SIZES, "num_experts_per_tok": 2, **FAMILIES.get(family, {}), **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

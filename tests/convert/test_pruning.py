@@ -184,7 +184,7 @@ def trace_of(folder: Path, counts: dict[int, list[int]]) -> RoutingTrace:
 
 def test_a_saved_trace_says_what_is_used(tmp_path: Path) -> None:
     folder = mixture_folder(tmp_path / "all", "mixtral")
-    trace = trace_of(folder, {0: [5, 9, 1, 0, 7, 2], 1: [1, 2, 3, 4, 5, 6]}).save(tmp_path / "t.npz")
+    trace = trace_of(folder, {0: [25, 45, 5, 0, 35, 10], 1: [8, 16, 24, 32, 40, 48]}).save(tmp_path / "t.npz")
     done = prune(folder, tmp_path / "few", PruneSettings(keep=3, by="usage", trace=str(trace)))
     assert done.layers[0].groups == [[0], [1], [4]]
     assert done.layers[1].groups == [[3], [4], [5]]
@@ -273,7 +273,7 @@ def test_a_merged_expert_is_the_weighted_mean(tmp_path: Path) -> None:
         for _, block in blocks_of(model):
             block.experts.down_proj += 0.01 * torch.randn_like(block.experts.down_proj)  # type: ignore[union-attr]
     folder = save(model, tmp_path / "all")
-    counts = {0: [1, 2, 3, 4, 5, 6], 1: [0, 3, 0, 0, 9, 0]}
+    counts = {0: [10, 20, 30, 40, 50, 60], 1: [0, 30, 0, 0, 90, 0]}
     trace = trace_of(folder, counts).save(tmp_path / "t.npz")
     wanted = PruneSettings(keep=3, how="merge", by="similarity", similarity="weights", trace=str(trace))
     done = prune(folder, tmp_path / "few", wanted)

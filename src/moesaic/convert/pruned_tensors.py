@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moesaic.convert.grouping import Groups
 from moesaic.convert.meter import watch
+from moesaic.convert.pruned_config import gain_factor
 from moesaic.convert.source import TensorSource
 from moesaic.convert.stored_experts import StoredExperts
 from moesaic.convert.writing import Output
@@ -66,8 +67,10 @@ class PrunedTensors:
         old = source.read(name)
         axis = self.router_axis(old.shape)
         rows = old.movedim(axis, 0)
-        made = [self._row(rows, group) for group in self.groups]
-        return torch.stack(made).movedim(0, axis).contiguous()
+        made = torch.stack([self._row(rows, group) for group in self.groups])
+        if name.endswith(".router.gain"):
+            made = (made.double() * gain_factor(self.block.num_experts, len(self.groups))).to(made.dtype)
+        return made.movedim(0, axis).contiguous()
 
     def _row(self, rows: Tensor, group: Sequence[int]) -> Tensor:
         """The members' mean. A gate's row gets the mean length of its members' rows as well: those that have little in

@@ -5,7 +5,6 @@ T tokens · D model width · E experts · M experts that stay · K experts of a 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from moesaic.convert.activations import read_text
-from moesaic.convert.dense import EXPERT_COUNTS, is_moe
+from moesaic.convert.dense import is_moe
 from moesaic.convert.grouping import FloatArray, Groups, best, clusters, distances, join_nearest
+from moesaic.convert.pruned_config import check_fits, experts_of_a_token, pruned_config
 from moesaic.convert.pruned_tensors import PrunedTensors, pruned_outputs
 from moesaic.convert.source import SafetensorsSource, TensorSource, open_source
 from moesaic.convert.stored_experts import MOST_ALIGNED, StoredExperts
@@ -29,7 +29,7 @@ from moesaic.convert.streaming import StreamedModel
 from moesaic.convert.usefulness import measure_use
 from moesaic.convert.writing import Written, check_output, partial_folder, partial_path, write_model
 from moesaic.data.sources import STDLIB
-from moesaic.errors import ConfigError, DataError, UnsupportedError, did_you_mean
+from moesaic.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
 from moesaic.experts import ACTIVATIONS
 from moesaic.hf.load import model_folder
 from moesaic.hf.placement import MoEBlock, moe_blocks
@@ -46,7 +46,6 @@ CRITERIA = ("reap", "usage", "similarity")
 SIMILARITIES = ("outputs", "weights")
 MIN_ROWS = 16
 """Fewest tokens that an expert must have, in the mean, for the text to say something about it."""
-_TOP_KS = ("num_experts_per_tok", "moe_k", "top_k_experts")
 _CHOICE = "choice.json"
 _TOKENS_AT_ONCE = 4096
 """Of one forward, in which each layer is read once."""
@@ -157,8 +156,10 @@ def prune(
     """Write the mixture of experts in ``model`` with fewer experts to the new folder ``out``.
 
     Ours, or one of transformers (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss and others; to merge, their experts must
-    be stored as those of the first four). The new model is of the same class, and loads as the old one did. Text goes
-    through the model a layer at a time, and tensors are written a shard at a time; interrupted, the same call goes on.
+    be stored as those of the first four). The new model is of the same class, loads as the old one did, and with
+    ``how="drop"`` computes what the old one does where its routers do not take the experts that went; but what is
+    counted by expert (a capacity, the tokens that ``expert_choice`` gives each) is shared by fewer. Text goes through
+    the model a layer at a time, and tensors are written a shard at a time; interrupted, the same call goes on.
 
     Dropping follows REAP the Experts (section 4) for ``by="reap"``. Merging is that of M-SMoE (Merge, Then Compress,
     section 3.1) or HC-SMoE (section 3.2), but for this: both keep the old router, with several of its rows leading to
@@ -177,8 +178,10 @@ def prune(
     experts = {block.number: StoredExperts(source, block, _gated(source.config)) for block in blocks}
     keep = _keep(source, settings, blocks)
     _check_mergeable(source, settings, experts)
+    config = pruned_config(source.config, blocks[0].num_experts, keep)
+    check_fits(config, source, blocks, keep)
     check_new(out)
-    measured = load_trace(settings.trace) if settings.trace else _text(source, settings, blocks[0].num_experts)
+    measured = _trace(settings.trace, blocks) if settings.trace else _text(source, settings, blocks[0].num_experts)
     told = {"method": "prune", "model": source.content(), **asdict(settings), "data": list(settings.data)}
     told["trace" if settings.trace else "text"] = _digest(measured)
     check_output(out, told)
@@ -190,7 +193,7 @@ def prune(
     written = write_model(
         pruned_outputs(source, layers),
         out,
-        config=_config(source.config, blocks[0].num_experts, keep),
+        config=config,
         tokenizer_from=source.tokenizer_from,
         settings=told,
         shard_bytes=shard_bytes,
@@ -244,7 +247,7 @@ def check_prunable(source: TensorSource, settings: PruneSettings) -> list[MoEBlo
 
 def _keep(source: TensorSource, settings: PruneSettings, blocks: Sequence[MoEBlock]) -> int:
     experts = blocks[0].num_experts
-    top_k = _top_k(source)
+    top_k = experts_of_a_token(source)
     keep = settings.keep if settings.keep is not None else experts - round((settings.share or 0) * experts)
     if not top_k <= keep < experts:
         told = f"keep is {keep}" if settings.share is None else f"with share {settings.share}, {keep} would stay"
@@ -256,11 +259,11 @@ def _keep(source: TensorSource, settings: PruneSettings, blocks: Sequence[MoEBlo
 
 
 def _check_mergeable(source: TensorSource, settings: PruneSettings, experts: Mapping[int, StoredExperts]) -> None:
-    for number, stored in experts.items():
+    for stored in experts.values():
         if settings.how == "merge" and not stored.knows_neurons():
             raise UnsupportedError(
-                f"the experts of layer {number} of {str(source.path)!r} are stored as {', '.join(stored.parts)}: "
-                "merged can be those of Mixtral, Qwen-MoE, OLMoE, DeepSeek and ours, in floating point; how "
+                f"{stored.where} are stored as {', '.join(stored.parts)}: merged "
+                "can be those of Mixtral, Qwen-MoE, OLMoE, DeepSeek and ours, in floating point; how "
                 "'drop' takes all"
             )
 
@@ -270,19 +273,15 @@ def _gated(config: PretrainedConfig) -> bool:
     return config.model_type == "moesaic" and ACTIVATIONS.get(config.expert_activation).gated
 
 
-def _config(config: PretrainedConfig, before: int, keep: int) -> PretrainedConfig:
-    new = copy.deepcopy(config)
-    for name in EXPERT_COUNTS:
-        if getattr(new.get_text_config(), name, None) == before:
-            setattr(new.get_text_config(), name, keep)
-    return new
-
-
 def _chosen(out: Path, told: Mapping[str, Any], choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What an earlier start has chosen, or ``choose`` does now; it is kept until all is written."""
     file = partial_path(out) / "work" / _CHOICE
     if file.is_file():
-        kept: dict[str, Any] = json.loads(file.read_text())
+        try:
+            kept: dict[str, Any] = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            anew = f"to begin anew, remove {str(partial_path(out))!r}"
+            raise CheckpointError(f"{str(file)!r} is damaged: {error}; {anew}") from error
         return kept
     chosen = choose()
     with partial_folder(out, told) as folder:
@@ -350,19 +349,27 @@ def _text(source: TensorSource, settings: PruneSettings, experts: int) -> Tensor
     held_out = HELD_OUT if data == (STDLIB,) else 0.0
     text = read_text(source, data, tokens=settings.tokens, sequence_length=length, held_out=held_out)
     ids_T = torch.cat(text.passages)
-    each = len(ids_T) * _top_k(source) / experts
+    each = len(ids_T) * experts_of_a_token(source) / experts
     if each < MIN_ROWS:
         raise DataError(
             f"the text to measure on has {len(ids_T)} tokens, so that an expert sees {each:.1f} of them in the mean: "
-            f"for {experts} experts at least {-(-MIN_ROWS * experts // _top_k(source))} tokens are needed"
+            f"for {experts} experts at least {-(-MIN_ROWS * experts // experts_of_a_token(source))} tokens are needed"
         )
     length = min(length, len(ids_T))
     return ids_T[: len(ids_T) // length * length].view(-1, length)
 
 
-def _top_k(source: TensorSource) -> int:
-    config = source.config.get_text_config()
-    return next((k for name in _TOP_KS if (k := getattr(config, name, None))), 1)
+def _trace(path: str, blocks: Sequence[MoEBlock]) -> RoutingTrace:
+    """Raises :class:`DataError` where it is too short for so many experts."""
+    trace = load_trace(path)
+    for block in blocks:
+        each = float(_traced(trace, block).mean())
+        if each < MIN_ROWS:
+            raise DataError(
+                f"the trace has {trace.num_tokens} tokens, so that an expert of layer {block.number} is taken "
+                f"{each:.1f} times in the mean: at least {MIN_ROWS} are needed"
+            )
+    return trace
 
 
 def _traced(trace: RoutingTrace, block: MoEBlock) -> FloatArray:
@@ -383,6 +390,8 @@ def _groups(
     else:
         distance_EE = np.maximum(1 - cosines(stored.pieces()).numpy(), 0)
         np.fill_diagonal(distance_EE, 0)
+        if not np.isfinite(distance_EE).all():
+            raise CheckpointError(f"{stored.where} hold values that are not finite, or too large to compare")
     if settings.by == "similarity":
         groups = clusters(distance_EE, keep, counts_E)
     else:

@@ -25,7 +25,7 @@ _OURS = {"up", "down", "up_bias", "down_bias"}
 
 class StoredExperts:
     """The experts of ``block``; ``parts`` are the rests of their tensors' names, and ``fused`` whether each tensor
-    holds all experts.
+    holds all experts; ``where`` says in a message whose experts these are.
 
     Args:
         gated: whether the activation has a gate; asked of fused tensors, which hold gate and up projection in one.
@@ -34,6 +34,7 @@ class StoredExperts:
     def __init__(self, source: TensorSource, block: MoEBlock, gated: bool) -> None:
         self._source, self._prefix, self._gated = source, f"{block.name}.experts.", gated
         self.num_experts = block.num_experts
+        self.where = f"the experts of layer {block.number} of {str(source.path)!r}"
         rests = [name.removeprefix(self._prefix) for name in source.names if name.startswith(self._prefix)]
         single = [rest.partition(".") for rest in rests]
         self.fused = not all(number.isdigit() for number, _, _ in single)

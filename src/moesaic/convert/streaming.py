@@ -20,6 +20,7 @@ from moesaic.convert.source import TensorSource
 from moesaic.errors import UnsupportedError
 from moesaic.hf.placement import MoEBlock
 from moesaic.hf.quantized import expert_modules
+from moesaic.routing.router import CommonPart
 
 PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What the gate, up and down projection of an expert with tensors of its own are called."""
@@ -29,7 +30,7 @@ class StreamedModel:
     """The body (without the head) of a model on disk; only the layer that runs is in memory.
 
     ``model`` is transformers' or ours, in evaluation mode, whose parameters are on the meta device but for those of the
-    layer that is running: a hook of an experts module finds its weights there.
+    layer that is running, and those that its routers share: a hook of an experts module finds its weights there.
 
     Args:
         blocks: the MoE layers of ``source``, as :func:`moesaic.hf.placement.moe_blocks` gives them.
@@ -51,9 +52,12 @@ class StreamedModel:
         self._aliases = _aliases(self.model)
         self._block_of = _blocks_by_module(self.model, blocks)
         self._units = dict(_units(self.model))
+        self._common = _common(self.model)
         for unit, module in self._units.items():
             for name, tensor in _stored(module):
                 self._parts(f"{unit}.{name}", tuple(tensor.shape))  # refuses here, before anything runs
+                if f"{unit}.{name}" in self._common:
+                    _put(module, name, self._read(f"{unit}.{name}", tuple(tensor.shape)))
             module.register_forward_pre_hook(self._load(unit))
             module.register_forward_hook(self._drop(unit), always_call=True)
 
@@ -70,14 +74,16 @@ class StreamedModel:
     def _load(self, unit: str) -> Any:
         def before(module: nn.Module, args: Any) -> None:
             for name, tensor in _stored(module):
-                _put(module, name, self._read(f"{unit}.{name}", tuple(tensor.shape)))
+                if f"{unit}.{name}" not in self._common:
+                    _put(module, name, self._read(f"{unit}.{name}", tuple(tensor.shape)))
 
         return before
 
     def _drop(self, unit: str) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             for name, tensor in _stored(module):
-                _put(module, name, tensor.detach().to("meta"))
+                if f"{unit}.{name}" not in self._common:
+                    _put(module, name, tensor.detach().to("meta"))
 
         return after
 
@@ -173,6 +179,12 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".removeprefix("."), buffer
+
+
+def _common(model: nn.Module) -> set[str]:
+    """The names of what one layer owns and others call: it is small, and stays in memory."""
+    parts = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, CommonPart)]
+    return {f"{prefix}.{name}" for prefix, module in parts for name, _ in _stored(module)}
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

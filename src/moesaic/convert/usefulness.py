@@ -5,7 +5,7 @@ T tokens · D model width · E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.convert.streaming import StreamedModel, hooks
 from moesaic.dispatch import Dispatch
-from moesaic.errors import UnsupportedError
+from moesaic.errors import CheckpointError, UnsupportedError
 from moesaic.experts import ExpertBank
 from moesaic.hf.experts import weights_of
 from moesaic.hf.placement import MoEBlock
@@ -72,6 +72,7 @@ def measure_use(
 
     Raises:
         UnsupportedError: where a layer's experts cannot be watched.
+        CheckpointError: where what they compute is not finite.
     """
     uses = {block.number: Use(block.num_experts) for block in blocks}
     modules = dict(streamed.model.named_modules())
@@ -87,7 +88,18 @@ def measure_use(
             if say is not None:
                 say(f"running text through the model (batch {number})")
             streamed.run(ids_BS)
+            _check_finite(uses)
     return uses
+
+
+def _check_finite(uses: Mapping[int, Use]) -> None:
+    for number, use in uses.items():
+        sums = [use.saliency_E, *([] if use.outputs_ED is None else [use.outputs_ED])]
+        if not all(bool(values.isfinite().all()) for values in sums):
+            raise CheckpointError(
+                f"what the experts of layer {number} compute is not finite on the text: weights there or before are "
+                "damaged, or too large for their dtype"
+            )
 
 
 def _watch(use: Use, outputs: bool) -> Any:
