@@ -241,3 +241,9 @@ def test_a_start_that_took_no_step_tells_no_loss(first: float, says: str) -> Non
     made = SimpleNamespace(shares={"a": 1.0}, seconds=60.0, steps=4, tokens=512, first=first, last=first)
     told = _told_distilled(made)  # type: ignore[arg-type]
     assert says in told and "nan" not in told
+
+
+def test_a_budget_that_the_warm_start_takes_is_told() -> None:
+    made = SimpleNamespace(shares={"a": 1.0}, seconds=60.0, steps=0, tokens=0, first=float("nan"), last=float("nan"))
+    told = _told_distilled(made)  # type: ignore[arg-type]
+    assert told == "fitted to the dense model's layers for 1.0 min, and not trained: the minutes were over"

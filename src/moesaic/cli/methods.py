@@ -198,6 +198,9 @@ def _teaching(fields: dict[str, Any]) -> DistillSettings:
 
 def _told_distilled(made: Distilled) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in made.shares.items())
+    if not made.steps:  # the warm start's time is the budget's too
+        spent = f"{made.seconds / 60:.1f} min"
+        return f"fitted to the dense model's layers for {spent}, and not trained: the minutes were over"
     # A start that only writes what an earlier one has learned saw no loss.
     losses = "" if math.isnan(made.first) else f"; loss {made.first:.3f} at first, {made.last:.3f} at last"
     return (
