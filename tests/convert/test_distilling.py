@@ -129,6 +129,7 @@ distill(student, dense, out, DistillSettings(**json.loads(told)))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_again_is_as_straight(student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path) -> None:
     options, out = settings(data, loss="taid"), tmp_path / "out"
     distill(student, dense, tmp_path / "straight", options)
@@ -140,6 +141,29 @@ def test_killed_and_again_is_as_straight(student: Path, dense: Path, data: tuple
     straight, again = (load_file(folder / "model.safetensors") for folder in (tmp_path / "straight", out))
     assert all(torch.equal(value, again[name]) for name, value in straight.items())
     assert not (out / "work").exists()
+
+
+def test_what_is_saved_on_the_way_is_gone_on_from(
+    student: Path, dense: Path, data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, plain = settings(data, loss="taid"), module._taken
+    distill(student, dense, tmp_path / "straight", options)
+
+    def taken(lessons: Lessons, work: Path) -> Any:
+        if lessons.step == 5:
+            raise KeyboardInterrupt
+        return plain(lessons, work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SAVE_SECONDS", 0.0)
+        patch.setattr(module, "_taken", taken)
+        with pytest.raises(KeyboardInterrupt):
+            distill(student, dense, tmp_path / "out", options)
+    said: list[str] = []
+    assert distill(student, dense, tmp_path / "out", options, say=said.append).steps == 12
+    assert "going on after step 5" in said
+    straight, again = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out"))
+    assert all(torch.equal(value, again[name]) for name, value in straight.items())
 
 
 def shifted(folder: Path, into: Path, ending: str, by: float = 0.01) -> Path:
