@@ -71,6 +71,8 @@ def write(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    if (head_dim := getattr(config, "head_dim", None) or 8) != config.hidden_size // config.num_attention_heads:
+        writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
@@ -119,6 +121,8 @@ def test_tensors_are_those_of_the_model(tmp_path: Path, family: str) -> None:
         assert torch.equal(source.read(name, slice(1, 5)), expected[1:5]), name
     assert source.config.model_type == family
     assert check_dense(source).d_ff == 48
+    write(path, family, head_dim=16)
+    assert check_dense(open_source(path)).moe_config().head_dim == 16
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -160,7 +164,9 @@ def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 3, 4, 20, 100, 333, 1000, len(whole) // 2, len(whole) - 1000):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"model.gguf' is no sound GGUF file"):
+        with pytest.raises(
+            CheckpointError, match=r"model.gguf' is no sound GGUF file, it is damaged or ends too early: "
+        ):
             open_source(path)
 
 

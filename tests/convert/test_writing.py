@@ -130,9 +130,10 @@ def test_other_settings_are_refused(dense: Path, tmp_path: Path) -> None:
 def test_what_is_in_the_way(tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial_path(out).mkdir()
-    (partial_path(out) / "mine").touch()
-    with pytest.raises(CheckpointError, match=r"out.partial' is in the way, .* remove"):
-        check_output(out, SETTINGS)
+    for name, content in (("mine", ""), ("conversion.json", "{"), ("conversion.json", "[1, 2]")):
+        (partial_path(out) / name).write_text(content)
+        with pytest.raises(CheckpointError, match=r"out.partial' is in the way, .* remove"):
+            check_output(out, SETTINGS)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file' is not a folder that may be written to"):
         check_output(tmp_path / "file" / "out", SETTINGS)

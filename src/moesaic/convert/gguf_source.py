@@ -63,9 +63,14 @@ class GgufSource(TensorSource):
             reader = GGUFReader(path)
             self._architecture = str(reader.fields["general.architecture"].contents())
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise CheckpointError(f"{str(path)!r} is no sound GGUF file: {error}") from error
+            raise CheckpointError(
+                f"{str(path)!r} is no sound GGUF file, it is damaged or ends too early: {error}"
+            ) from error
         self._check(reader)
         self.config = _config(path)
+        # transformers does not read it for every architecture.
+        head_dim = self._told(reader, "attention.key_length")
+        self.config.head_dim = int(head_dim or self.config.hidden_size // self.config.num_attention_heads)
         self._tensors: dict[str, Any] = {}
         for tensor in reader.tensors:
             if (name := transformers_name(tensor.name)) is not None:
@@ -95,17 +100,16 @@ class GgufSource(TensorSource):
         if nameless:
             raise UnsupportedError(f"{where} holds {nameless[0]}, which no {self._architecture} that is supported has")
 
+    def _told(self, reader: Any, name: str) -> Any:
+        field = reader.fields.get(f"{self._architecture}.{name}")
+        return None if field is None else field.contents()
+
     def _rope_scaling(self, reader: Any) -> str:
         """What llama.cpp would take it for: a factor without a type is linear scaling."""
-
-        def told(name: str) -> Any:
-            field = reader.fields.get(f"{self._architecture}.{name}")
-            return None if field is None else field.contents()
-
-        kind = told("rope.scaling.type")
+        kind = self._told(reader, "rope.scaling.type")
         if kind is not None:
             return str(kind)
-        factors = [told(name) for name in ("rope.scaling.factor", "rope.scale_linear")]
+        factors = [self._told(reader, name) for name in ("rope.scaling.factor", "rope.scale_linear")]
         return "linear" if any(factor not in (None, 0, 1) for factor in factors) else "none"
 
     def shape(self, name: str) -> tuple[int, ...]:

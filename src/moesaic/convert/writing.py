@@ -183,15 +183,17 @@ def _check_note(partial: Path, settings: dict[str, Any]) -> None:
         return
     anew = f"to begin anew, remove {str(partial)!r}"
     try:
-        noted = json.loads((partial / NOTE).read_bytes())
-    except (OSError, ValueError):
+        noted = dict(json.loads((partial / NOTE).read_bytes()))
+    except (OSError, ValueError, TypeError):
         raise CheckpointError(f"{str(partial)!r} is in the way, it holds no conversion to go on with: {anew}") from None
     names = [*settings, *(name for name in noted if name not in settings)]
     if other := [name for name in names if settings.get(name) != noted.get(name)]:
         name = other[0]
+        is_digest = str(noted.get(name)).startswith("v1:")
+        told = "; digests of what is in it: it is another one, or was changed" if is_digest else ""
         raise CheckpointError(
             f"{str(partial)!r} holds an unfinished conversion with other settings ({name}: {noted.get(name)!r} there, "
-            f"{settings.get(name)!r} now): give the same ones to go on; {anew}"
+            f"{settings.get(name)!r} now{told}): give the same ones to go on; {anew}"
         )
 
 
