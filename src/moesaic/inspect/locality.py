@@ -95,7 +95,9 @@ def cache_hits(used_NE: npt.NDArray[np.bool_], edges: Edges, sizes: Sequence[int
     The cache of Segment Cache Best Hit Rate (section 2.3): it begins empty with each passage, loads what a token takes,
     and evicts, of those that the token does not take, the experts that fewest of the next ``future`` tokens take; of
     equals the one that was used longest ago, as in the authors' code. As there, an expert that comes for the first time
-    while the cache has room is a hit: it could have been there before. Two experts that were last used by the same
+    while the cache has room is a hit: it could have been there before. Their code counts the token itself among the
+    ``future`` ones, and loads its experts one by one, so that one of them may evict another; here it is as the text
+    says. With one expert a token both give the same hits, theirs for ``future + 1``. Two experts last used by the same
     token go by their number.
     """
     used_PLE = _padded(used_NE, edges)
