@@ -26,7 +26,7 @@ demo-real: setup
 	dense=$$($(RUN) scripts/smollm2.py) && rm -rf $(REAL) && \
 	    $(RUN) -m moesaic convert "$$dense" --to $(REAL) --method split --tokens 8192 --minutes $(MINUTES) && \
 	    $(RUN) -m moesaic eval $(REAL) --data stdlib --max-tokens 8192 --batch-size 2 --against "$$dense" && \
-	    $(RUN) -m moesaic generate $(REAL) --chat --prompt "What is the capital of France?" --temperature 0
+	    $(RUN) -m moesaic generate $(REAL) --prompt "def read_text(path):" --temperature 0 --max-new-tokens 48
 
 # Every recipe of recipes/routing with three seeds, then docs/routing.md; may be interrupted, and goes on then.
 routing-study: setup
