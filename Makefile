@@ -49,7 +49,7 @@ sanitize: setup
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    MOESAIC_LIBRARY=$(SANITIZED) OMP_NUM_THREADS=2 $(RUN) -m pytest -p no:cacheprovider --capture=sys \
-	    $(addprefix tests/experts/native/test_,values.py fuzz.py robust.py limits.py operators.py attention.py linear.py)
+	    $(addprefix tests/experts/native/test_,values.py fuzz.py robust.py limits.py operators.py attention.py linear.py routed.py)
 
 lint: setup
 	$(RUN) -m ruff format --check .

@@ -22,7 +22,7 @@ FLOORS = [
     {"experts"},
     {"autotune"},
     {"parallel"},
-    {"layer", "config"},
+    {"layer", "few_tokens", "config"},
     {"hf"},
     {"data"},
     {"inspect"},

@@ -21,6 +21,7 @@ from moesaic.experts.kinds import ZeroComputationExperts
 from moesaic.experts.slots import ExpertSlots
 from moesaic.experts.unequal import banks_of, experts_of_widths
 from moesaic.experts.width import WidthProjection
+from moesaic.few_tokens import FewTokens
 from moesaic.routing import (
     LayerBalancing,
     Router,
@@ -78,6 +79,7 @@ class MoE(nn.Module):
         self.balancing = nn.ModuleList(LayerBalancing(c.balancing, c.num_choices) for _ in range(c.iterations))
         self.last_routings = ()
         self.aux_loss = _no_loss()
+        self.few_tokens: FewTokens | None = None  # set by moesaic.freeze
 
     def forward(
         self,
@@ -111,11 +113,14 @@ class MoE(nn.Module):
             ConfigError: for a wrong width, a mask of another shape, a ``top_k`` out of range, or routes given for other
                 tokens or experts.
         """
-        x_TD = self._tokens(x)
+        x_TD, mask_T = self._tokens(x), self._mask(token_mask, x)
         told = context or RoutingContext()
+        if self.few_tokens is not None and top_k is None and not capacity_factor and told.given is None:
+            if (found := self.few_tokens(self, x_TD, mask_T)) is not None:
+                return self._left_by(x, *found, told)
         context = replace(told)
         factor = self.config.capacity_factor if capacity_factor is None else capacity_factor
-        context.token_mask = self._mask(token_mask, x)
+        context.token_mask = mask_T
         if context.given is None:
             asked = self.decide(x, top_k=top_k, token_mask=token_mask, context=context)
         else:
@@ -155,6 +160,14 @@ class MoE(nn.Module):
         routing = self._ask(self.router, self._tokens(features), top_k, context)
         told.left = context.left
         return self._noted(routing, context, features)
+
+    def _left_by(self, x: Tensor, y_TD: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
+        """The end of a forward that :class:`FewTokens` has computed."""
+        routing.sequence_length = x.shape[-2] if x.ndim > 2 else None
+        context.left = None
+        # Past nn.Module's own setting of attributes, which takes longer than it should here.
+        self.__dict__.update(aux_loss=self.balancers[0].loss(routing), last_routings=(routing,))
+        return y_TD.view(x.shape)
 
     @property
     def routers(self) -> list[Router]:

@@ -23,7 +23,7 @@ from moesaic.autotune.tuner import Statistics, Tuner
 from moesaic.dispatch import Dispatch
 from moesaic.errors import UsageError
 from moesaic.experts import BACKENDS, Choice, ExpertWeights
-from moesaic.experts.backend import tune_with
+from moesaic.experts.backend import Tuned, tune_with
 from moesaic.experts.native import library
 from moesaic.folders import cache_folder
 
@@ -73,6 +73,29 @@ def statistics() -> Statistics:
     return tuner().statistics()
 
 
+class _Blocks:
+    """Of :func:`record` and :func:`replay` that are open."""
+
+    open: int = 0
+
+
+def needs_every_call() -> bool:
+    """Whether calls are recorded or replayed: then all of them have to come by here."""
+    return _Blocks.open > 0
+
+
+@contextmanager
+def _instead(run: Tuned) -> Iterator[None]:
+    """Let ``run`` compute the calls of ``"auto"`` in a block."""
+    before = tune_with(run)
+    _Blocks.open += 1
+    try:
+        yield
+    finally:
+        _Blocks.open -= 1
+        tune_with(before)
+
+
 @contextmanager
 def record() -> Iterator[list[Choice]]:
     """Collect the choices of all calls of ``"auto"`` in a block, in their order; their names can be replayed."""
@@ -84,11 +107,8 @@ def record() -> Iterator[list[Choice]]:
         log.append(choice)
         return y_TD, choice
 
-    before = tune_with(run)
-    try:
+    with _instead(run):
         yield log
-    finally:
-        tune_with(before)
 
 
 @contextmanager
@@ -110,11 +130,8 @@ def replay(names: Sequence[str]) -> Iterator[None]:
             raise UsageError(f"there are more calls than the {len(names)} choices that are replayed")
         return backend.run(x_TD, dispatch, weights), Choice(next(told), "replayed")
 
-    before = tune_with(run)
-    try:
+    with _instead(run):
         yield
-    finally:
-        tune_with(before)
 
 
 def _memory() -> Memory:

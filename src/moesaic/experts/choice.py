@@ -31,7 +31,8 @@ class Choice:
         why: ``"fixed"`` (asked for by name), ``"only"`` (no other can run the call), ``"prior"`` (by the cost model),
             ``"measured"`` (by timings), ``"exploring"`` (to time this candidate), ``"failed"`` (the candidate that was
             explored raised an error, so the best one computed the call), ``"replayed"``, ``"row-invariant"``
-            (see :mod:`moesaic.experts.row_invariance`), or ``"rule"`` (the backends'
+            (see :mod:`moesaic.experts.row_invariance`), ``"routed"`` (together with its routes in one native call, see
+            :mod:`moesaic.few_tokens`), or ``"rule"`` (the backends'
             own order of preference: while compiling, on the meta device, and where no tuner is loaded).
         signature: the kind of call, a :class:`moesaic.autotune.Signature`; None where nothing had to be compared.
         estimates: the candidates, the fastest first; empty where nothing had to be compared.

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.experts import ExpertBank, ExpertWeights
 from moesaic.experts.native.memory import inputs_last, use_huge_pages
+from moesaic.few_tokens import few_tokens_of
 from moesaic.hf.experts import weights_of
 from moesaic.hf.linears import use_native_linears
 from moesaic.hf.quantized import expert_modules
+from moesaic.layer import moe_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def freeze(model: Model) -> Model:
     """Prepare a model for inference, in place: no gradients for its experts, their weights in memory as reading wants
-    them, and linear layers on the native kernels (:func:`moesaic.hf.use_native_linears`).
+    them, linear layers on the native kernels (:func:`moesaic.hf.use_native_linears`), and for a few tokens router and
+    experts of our layers in one native call (:mod:`moesaic.few_tokens`).
 
     On a CPU, weights that a model stores transposed (``[E, in, out]``) get the memory order of those that it does not,
     under an unchanged shape; and on Linux the memory of all experts moves to huge pages. Values, shapes, ``state_dict``
@@ -52,6 +55,8 @@ def freeze(model: Model) -> Model:
         module.requires_grad_(False)
         _lay_out(weights)
     use_native_linears(model)
+    for layer in moe_layers(model):
+        layer.few_tokens = few_tokens_of(layer)
     return model
 
 

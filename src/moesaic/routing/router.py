@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.registry import Registry
+from moesaic.routing.gate import Gate
 from moesaic.routing.options import check_options, is_of
 from moesaic.routing.routing import Routing
 
@@ -67,6 +68,13 @@ class Router(nn.Module, ABC):
         """
         logits_TE = float32_linear(x_TD, self.weight)
         return logits_TE if self.logit_shift is None else logits_TE + self.logit_shift
+
+    def linear_gate(self) -> Gate | None:
+        """What :meth:`forward` computes, where that is no more than a :class:`Gate`; None: it must be called.
+
+        A frozen layer may then compute a few tokens' routes without calling the router (``moesaic.few_tokens``).
+        """
+        return None
 
     def follow(self, first: Router) -> None:
         """Share with the router of the model's first MoE layer what all layers have in common: nothing, by default."""

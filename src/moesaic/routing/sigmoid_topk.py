@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
+from moesaic.routing.gate import Gate
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
 
@@ -98,6 +99,12 @@ class SigmoidTopK(Router):
         if self.normalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(expert_ids_TK, weights_TK * self.scale, scores_TE, logits_TE)
+
+    def linear_gate(self) -> Gate | None:
+        if self.top_groups < self.num_groups:
+            return None
+        rule = Gate("sigmoid", self.weight, selection=self.selection_bias, epsilon=1e-20)
+        return rule._replace(normalize=self.normalize, scale=self.scale)
 
     def _outside_groups_excluded(self, choice_TE: Tensor) -> Tensor:
         if self.top_groups == self.num_groups:

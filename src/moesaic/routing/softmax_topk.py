@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moesaic.routing.gate import Gate
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
 
@@ -28,3 +29,6 @@ class SoftmaxTopK(Router):
         if self.normalize:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return Routing(expert_ids_TK, weights_TK, scores_TE, logits_TE)
+
+    def linear_gate(self) -> Gate:
+        return Gate("softmax", self.weight, normalize=self.normalize)

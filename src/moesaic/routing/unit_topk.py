@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moesaic.routing.gate import Gate
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
 
@@ -58,6 +59,9 @@ class UnitTopK(Router):
         else:
             weights_TK = 1 + self.scale.float()[expert_ids_TK] * (2 * chosen_TK - 1)
         return Routing(expert_ids_TK, weights_TK, scores_TE, logits_TE)
+
+    def linear_gate(self) -> Gate | None:
+        return None if self.scale is None else Gate("sigmoid", self.weight, self.bias, unit_scale=self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, straight_through={self.straight_through}"

@@ -83,7 +83,7 @@ def forward(arguments: Arguments, keep: bool) -> tuple[Tensor, Tensor | None]:
     """``[T, D]``, and with ``keep`` what goes into the activation, ``[N, G]`` (nothing is written to padding rows)."""
     arguments = _readable(arguments)
     x_TD = arguments.x_TD
-    layer, out_TD = _layer(arguments), filled_by_huge_pages(x_TD.new_empty(x_TD.shape))
+    layer, out_TD = describe(arguments), filled_by_huge_pages(x_TD.new_empty(x_TD.shape))
     layer.row_invariant = is_row_invariant()
     layer.out = out_TD.data_ptr()
     pre_NG = None
@@ -102,7 +102,7 @@ def backward(grad_TD: Tensor, pre_NG: Tensor, arguments: Arguments, wanted: list
     arguments = _readable(arguments)
     grad_TD, pre_NG = grad_TD.contiguous(), pre_NG.contiguous()
     made = [each if each is None else filled_by_huge_pages(each) for each in empty_gradients(arguments, wanted)]
-    layer = _layer(arguments)
+    layer = describe(arguments)
     layer.pre = pre_NG.data_ptr()
     library.backward(
         layer, Gradients(grad_TD.data_ptr(), *[each if each is None else each.data_ptr() for each in made])
@@ -125,7 +125,7 @@ def _readable(arguments: Arguments) -> Arguments:
     )
 
 
-def _layer(a: Arguments) -> Layer:
+def describe(a: Arguments) -> Layer:
     """The call without its outputs. It holds addresses: the tensors must outlive it."""
     tokens, d_model = a.x_TD.shape
     return Layer(

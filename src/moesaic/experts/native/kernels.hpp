@@ -3,6 +3,7 @@
 #include "attention.hpp"
 #include "backward.hpp"
 #include "forward.hpp"
+#include "gate.hpp"
 #include "limits.hpp"
 #include "linear.hpp"
 #include "variant.hpp"
@@ -32,6 +33,12 @@ static int forward(const MoesaicLayer& layer) {
                    [&](auto kind, auto format) { return over_rows(Forward<decltype(kind), decltype(format)>(layer)); });
 }
 
+static int route_and_forward(const MoesaicGate& gate, const MoesaicLayer& layer) {
+  return with_kind(layer.dtype, [&](auto, auto format) {
+    return routed(Gate<decltype(format)>(gate, layer), forward);
+  });
+}
+
 static int backward(const MoesaicLayer& layer, const MoesaicGradients& gradients) {
   return with_kind(layer.dtype, [&](auto kind, auto format) {
     return over_rows(Backward<decltype(kind), decltype(format)>(layer, gradients));
@@ -49,6 +56,6 @@ static int attend(const MoesaicAttention& attention) {
 }
 
 extern const Variant functions;
-const Variant functions = {forward, backward, linear, attend, read_all, multiply_adds};
+const Variant functions = {forward, route_and_forward, backward, linear, attend, read_all, multiply_adds};
 
 }  // namespace moesaic::MOESAIC_VARIANT

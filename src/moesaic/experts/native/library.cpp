@@ -107,6 +107,10 @@ using namespace moesaic;
 
 int moesaic_forward(const MoesaicLayer* layer) { return chosen->functions->forward(*layer); }
 
+int moesaic_route_and_forward(const MoesaicGate* gate, const MoesaicLayer* layer) {
+  return chosen->functions->route_and_forward(*gate, *layer);
+}
+
 int moesaic_backward(const MoesaicLayer* layer, const MoesaicGradients* gradients) {
   return chosen->functions->backward(*layer, *gradients);
 }

@@ -23,7 +23,7 @@ import torch  # before the library: see above
 
 from moesaic.errors import ConfigError, MoesaicError, UnsupportedError, did_you_mean
 
-ABI = 3
+ABI = 4
 _FOLDER = Path(__file__).parent
 BUILT = _FOLDER / f"libmoesaic_experts{'.dylib' if sys.platform == 'darwin' else '.so'}"
 # setup.py leaves one of the two: the library, or the reason why there is none.
@@ -31,6 +31,7 @@ NOT_BUILT = _FOLDER / "not_built.txt"
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
+SCORES = {"softmax": 0, "sigmoid": 1}
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "geglu_tanh": 2, "relu": 3, "gelu": 4, "gelu_tanh": 5}
 
 
@@ -73,6 +74,19 @@ class Layer(Structure):
         ("out", c_void_p),
         ("pre", c_void_p),
         ("row_invariant", c_int64),
+    )
+
+
+class Gate(Structure):
+    """``MoesaicGate``: how a layer's tokens find their experts, and where their routes are written."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "selection", "unit_scale", "mask")),
+        ("kind", c_int32),
+        ("normalize", c_int32),
+        ("epsilon", c_float),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("logits", "scores", "expert_ids", "weights", "counts")),
     )
 
 
@@ -134,6 +148,7 @@ class Attention(Structure):
 
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "moesaic_forward": (c_int, (POINTER(Layer),)),
+    "moesaic_route_and_forward": (c_int, (POINTER(Gate), POINTER(Layer))),
     "moesaic_backward": (c_int, (POINTER(Layer), POINTER(Gradients))),
     "moesaic_linear": (c_int, (POINTER(Linear),)),
     "moesaic_attend": (c_int, (POINTER(Attention),)),
@@ -160,6 +175,11 @@ def missing() -> str | None:
 def forward(layer: Layer) -> None:
     """Compute ``layer.out``, and ``layer.pre`` where it is not null."""
     _done(_function("moesaic_forward")(byref(layer)))
+
+
+def route_and_forward(gate: Gate, layer: Layer) -> None:
+    """Decide the routes, and compute ``layer.out``."""
+    _done(_function("moesaic_route_and_forward")(byref(gate), byref(layer)))
 
 
 def backward(layer: Layer, gradients: Gradients) -> None:

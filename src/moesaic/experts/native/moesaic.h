@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // What the caller was built for; changed with every change of a struct or a meaning below.
-#define MOESAIC_ABI 3
+#define MOESAIC_ABI 4
 
 // Number formats. The last two are for weights only: symmetric integers, scaled per output (int8) or per group (int4).
 enum { MOESAIC_F32 = 0, MOESAIC_BF16 = 1, MOESAIC_F16 = 2, MOESAIC_INT8 = 3, MOESAIC_INT4 = 4 };
@@ -66,6 +66,28 @@ typedef struct {
   void* pre;                   // [N, G] contiguous: receives what goes into the activation, for backward; or null
   int64_t row_invariant;       // 1: forward gives a token the same bits whatever other tokens there are, but slower
 } MoesaicLayer;
+
+// How a gate turns its logits into scores.
+enum { MOESAIC_SOFTMAX = 0, MOESAIC_SIGMOID = 1 };
+
+// A gate, and where the routes of a layer's tokens go: logits = weight x + bias; the K experts with the largest logits,
+// or with the largest scores + selection; the weight of each is its score, or, with unit_scale, 1 + unit_scale *
+// (2 score - 1). Computed in float32.
+typedef struct {
+  const void* weight;       // [E, D] contiguous, of the layer's dtype
+  const void* bias;         // [E] of the layer's dtype, or null
+  const float* selection;   // [E], or null
+  const void* unit_scale;   // [E] of the layer's dtype, or null
+  const uint8_t* mask;      // [T] 0 for a token that gets no expert: ids E, weights 0; or null
+  int32_t kind;             // MOESAIC_SOFTMAX or MOESAIC_SIGMOID
+  int32_t normalize;        // 1: a token's weights are divided by their sum + epsilon
+  float epsilon, scale;     // scale: a factor on the weights, after that
+  float* logits;            // [T, E]
+  float* scores;            // [T, E]
+  int64_t* expert_ids;      // [T, K]
+  float* weights;           // [T, K]
+  int64_t* counts;          // [E] rows per expert
+} MoesaicGate;
 
 // Where backward writes; a null pointer means that this gradient is not wanted. Weight gradients are contiguous in the
 // memory order of the weight itself ([E, out, in] where in_stride is 1, else [E, in, out]) and of the layer's dtype.
@@ -121,6 +143,9 @@ typedef struct {
 
 // 0, or 1 where memory ran out.
 MOESAIC_API int moesaic_forward(const MoesaicLayer* layer);
+// The same for tokens whose routes are yet to be decided: permutation, offsets and weights of the layer are not read. For
+// few tokens: the gate runs on one thread.
+MOESAIC_API int moesaic_route_and_forward(const MoesaicGate* gate, const MoesaicLayer* layer);
 // layer->pre must hold what forward wrote; layer->out is not used. Float formats only.
 MOESAIC_API int moesaic_backward(const MoesaicLayer* layer, const MoesaicGradients* gradients);
 

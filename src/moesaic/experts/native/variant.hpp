@@ -6,6 +6,7 @@ namespace moesaic {
 
 struct Variant {
   int (*forward)(const MoesaicLayer&);
+  int (*route_and_forward)(const MoesaicGate&, const MoesaicLayer&);
   int (*backward)(const MoesaicLayer&, const MoesaicGradients&);
   int (*linear)(const MoesaicLinear&);
   int (*attend)(const MoesaicAttention&);
