@@ -1,7 +1,9 @@
 """What converting SmolLM2-135M costs and brings: ``python benchmarks/conversion.py [--minutes 40] [--dense FOLDER]``.
 
-Splits the dense model at two budgets and trains each split for ``--minutes``, upcycles it, measures all of them beside
-it on text that nothing of this saw, and times one token's feed-forwards. Nothing else may run meanwhile. What is in
+Splits the dense model at each of ``--budgets``, trains each split for ``--minutes`` or on ``--train-tokens``, upcycles
+it, measures all of them beside it on text that nothing of this saw, and times one token's feed-forwards. The budget 1
+is the dense model in another form: trained alike, it says what the text itself teaches. With the default of 40 minutes
+each, all takes three hours; nothing else may run meanwhile. What is in
 ``--models`` is not made or measured again, and a training that was interrupted goes on. Writes ``conversion.json``, and
 the tables into docs/conversion.md between its marks.
 """
@@ -13,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,12 +53,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dense", type=Path, help="a dense model's folder; SmolLM2-135M-Instruct by default")
     parser.add_argument(
-        "--budgets", default="0.5,0.25", help="shares of the FFN that a token uses, the first one timed"
+        "--budgets", default="0.5,0.25,1", help="shares of the FFN that a token uses, the first one timed"
     )
     parser.add_argument(
         "--trained", action="append", default=[], help="BUDGET=FOLDER: a split that has been trained already"
     )
-    parser.add_argument("--minutes", type=float, default=40.0, help="of training for each budget")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=40.0, help="of training for each budget")
+    length.add_argument("--train-tokens", type=int, help="of text to train on for each budget, instead")
     parser.add_argument("--tokens", type=int, default=16384, help="of held-out text a domain")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing for each dtype")
     parser.add_argument("--models", type=Path, default=Path("runs/conversion"), help="the folder to keep models in")
@@ -77,16 +82,20 @@ def run(options: argparse.Namespace) -> int:
     dense = options.dense or smollm2()
     budgets = [float(word) for word in options.budgets.split(",")]
     ready = {float(budget): Path(folder) for budget, _, folder in (word.partition("=") for word in options.trained)}
-    models = make(dense, options.models, budgets, options.minutes, ready)
+    if options.train_tokens is None:
+        length = {"minutes": options.minutes}
+    else:
+        length = {"tokens": options.train_tokens}
+    models = make(dense, options.models, budgets, length, ready)
     found: dict[str, Quality] = {}
     for model in models:
         say(f"measuring {model.name}")
         cache = options.models / f"{model.folder.name}.json"
         found[model.name] = quality(model.folder, dense, cache, max_tokens=options.tokens)
-    half = next(model for model in models if model.minutes)
+    half = next(model for model in models if model.training)
     parts = {"quality": quality_part(models, found, options.tokens, half.name)}
     parts["quality"].verdicts.append(equality(options.models / untrained(budgets[0]), dense))
-    trained = {model.name: model.folder for model in models if model.minutes}
+    trained = {model.name: model.folder for model in models if model.training}
     parts["speed"] = timing(dense, trained, half.name, options.seconds)
     told = {}
     for name, part in parts.items():
@@ -112,20 +121,26 @@ def untrained(active: float) -> str:
 
 
 def make(
-    dense: Path, folder: Path, budgets: Sequence[float], minutes: float, ready: Mapping[float, Path]
+    dense: Path, folder: Path, budgets: Sequence[float], length: dict[str, Any], ready: Mapping[float, Path]
 ) -> list[Converted]:
-    """All models of the table, the dense one first; those that are there are not made again, nor ``ready`` ones."""
+    """All models of the table, the dense one first; those that are there are not made again, nor ``ready`` ones.
+
+    Args:
+        length: of the training, a keyword of DistillSettings.
+    """
     models = [Converted("dense", dense)]
     trained = []
+    ((unit, amount),) = length.items()
+    training = f"{amount:g} min" if unit == "minutes" else f"{amount:,} tokens"
     for active in budgets:
         begun = folder / untrained(active)
         if not begun.exists():
             split(dense, begun, SplitSettings(active=active), say=say)
         models.append(Converted(f"split, {active:.0%} active, untrained", begun))
-        out = ready.get(active, folder / f"{begun.name}-{minutes:g}min")
+        out = ready.get(active, folder / f"{begun.name}-{amount:g}{unit}")
         if not out.exists():
-            distill(begun, dense, out, DistillSettings(minutes=minutes), say=say)
-        trained.append(Converted(f"split, {active:.0%} active, distilled", out, minutes))
+            distill(begun, dense, out, DistillSettings(**length), say=say)
+        trained.append(Converted(f"split, {active:.0%} active, distilled", out, training))
     upcycled = folder / "upcycled"
     if not upcycled.exists():
         upcycle(dense, upcycled, UpcycleSettings(num_experts=4, top_k=2), say=say)

@@ -158,6 +158,13 @@ def _wrapped_router(layer: MoE) -> None:
     layer.router.forward = lambda *args: before(*args)  # type: ignore[method-assign]
 
 
+def test_a_bias_of_another_dtype_is_not_read_as_the_weights() -> None:
+    layer = layer_of(router="unit_topk")
+    short, x = frozen(layer), torch.randn(2, 32)
+    short.router.bias.data = short.router.bias.data.double()
+    close(short(x), layer(x))
+
+
 def _wide_router(layer: MoE) -> None:
     layer.router.double()
 

@@ -75,7 +75,7 @@ class FewTokens:
         """Whether the layer's modules must be called as such."""
         router, experts = self.router, self.experts
         return (
-            not is_eager(x_TD)
+            not is_eager(x_TD, router.weight)
             or not x_TD.is_cpu
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
@@ -113,7 +113,7 @@ class FewTokens:
 
     def _made_ready(self, x_TD: Tensor) -> RoutedLayer | None:
         """The experts, made ready again where their weights have moved; None where the kernels cannot compute them."""
-        experts, weight = self.experts, self.router.weight
+        experts, router = self.experts, self.router
         tensors = (*experts._parameters.values(), *experts._buffers.values())
         key = (x_TD.dtype, *(None if each is None else each.data_ptr() for each in tensors))
         if self._ready is None or self._ready[0] != key:
@@ -123,8 +123,10 @@ class FewTokens:
             if BACKENDS.get("native").refusal(x_TD, weights) is not None:
                 return None
             self._ready = key, RoutedLayer(weights, x_TD.dtype)
-        fits = weight.dtype == x_TD.dtype and weight.is_contiguous() and x_TD.stride(1) == 1
-        return self._ready[1] if fits and weight.numel() * x_TD.shape[0] <= MOST_PRODUCTS else None
+        alike = all(each is None or each.dtype == x_TD.dtype for each in router._parameters.values())
+        if not alike or not router.weight.is_contiguous() or x_TD.stride(1) != 1:
+            return None
+        return self._ready[1] if router.weight.numel() * x_TD.shape[0] <= MOST_PRODUCTS else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are of this process and of this copy.

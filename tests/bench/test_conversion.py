@@ -91,7 +91,7 @@ def test_feed_forwards_are_timed_on_what_they_read(folders: Path) -> None:
 
 
 def test_the_tables_say_what_was_found() -> None:
-    models = [Converted("dense", Path("d")), Converted("half", Path("h"), 40.0)]
+    models = [Converted("dense", Path("d")), Converted("half", Path("h"), "40 min")]
     found = {
         "dense": Quality(100, 100, {"code": 8.0, "prose": 20.0}, {"code": 1.0}, {"code": 0.0}, 1.0),
         "half": Quality(50, 100, {"code": 9.0, "prose": 26.0}, {"code": 0.8}, {"code": 0.2}, math.sqrt(9 / 8 * 1.3)),

@@ -47,12 +47,12 @@ class Converted:
     """One model of the table.
 
     Args:
-        name: in words. folder: where it lies. minutes: of training; 0 where there was none.
+        name: in words. folder: where it lies. training: how long, in words; empty where there was none.
     """
 
     name: str
     folder: Path
-    minutes: float = 0.0
+    training: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def quality_part(models: Sequence[Converted], found: Mapping[str, Quality], toke
             (
                 model.name,
                 f"{told.active / 1e6:.1f} M ({told.active / told.dense:.0%})",
-                f"{model.minutes:g} min" if model.minutes else "",
+                model.training,
                 *(f"{told.perplexity[name]:.2f}" for name in ("code", "prose")),
                 "1" if is_dense else f"{told.ratio:.3f}",
                 "" if is_dense else f"{agreement:.1%}",
