@@ -20,6 +20,7 @@ from tests.convert.models import dense_folder
 from tests.convert.test_calibration import text_folder
 from torch import Tensor
 
+from moesaic import quantize
 from moesaic.convert import DistillSettings, SplitSettings, distill, split
 from moesaic.convert import distilling as module
 from moesaic.convert.lessons import Lessons
@@ -329,6 +330,9 @@ def test_models_that_do_not_go_together(student: Path, dense: Path, data: tuple[
     stranger = dense_folder(tmp_path / "stranger", seed=5, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"was not made of .*: their embeddings differ"):
         distill(student, stranger, out, settings(data))
+    quantize(load_model(student)[0], "int8").save_pretrained(tmp_path / "int8")
+    with pytest.raises(CheckpointError, match="has quantized weights, which cannot be trained"):
+        distill(tmp_path / "int8", dense, out, settings(data))
     out.mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         distill(student, dense, out, settings(data))

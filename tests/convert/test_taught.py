@@ -44,6 +44,7 @@ def make(tmp_path: Path, model: str = "dense", experts: int = 4, **changes: Any)
 def test_both_and_nothing_else_is_left(tmp_path: Path) -> None:
     made = make(tmp_path)
     assert made.split is not None and made.distilled.steps == 2
+    assert made.split.written.folder == tmp_path / "out"
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 

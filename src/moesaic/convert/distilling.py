@@ -198,6 +198,11 @@ def check_distill(student: str | Path, teacher: str | Path, out: str | Path) -> 
             f"{str(student)!r} is a {ours.model_type} model: the student must be a mixture of ours, as split and "
             "upcycle write it"
         )
+    if getattr(ours, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{str(student)!r} has quantized weights, which cannot be trained: distil the model it was quantized from, "
+            "and quantize afterwards"
+        )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if getattr(ours, name) != getattr(theirs, name):
             raise CheckpointError(

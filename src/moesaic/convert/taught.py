@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moesaic.convert.dense import check_dense
@@ -21,7 +21,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Taught:
-    """What :func:`split_and_distill` made: ``split`` is None where an earlier start had done it."""
+    """What :func:`split_and_distill` made: ``split`` is None where an earlier start had done it; its folder is gone,
+    and its ``written`` says the same as the whole's."""
 
     written: Written
     split: Split | None
@@ -60,6 +61,7 @@ def split_and_distill(
         made = split(model, begun, settings, say=say, shard_bytes=shard_bytes)
     distilled = distill(begun, model, out, teaching, say=say, shard_bytes=shard_bytes)
     shutil.rmtree(begun)
+    made = made and replace(made, written=distilled.written)
     return Taught(distilled.written, made, distilled)
 
 
