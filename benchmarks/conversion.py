@@ -134,10 +134,11 @@ def make(
     training = f"{amount:g} min" if unit == "minutes" else f"{amount:,} tokens"
     for active in budgets:
         begun = folder / untrained(active)
-        if not begun.exists():
-            split(dense, begun, SplitSettings(active=active), say=say)
-        models.append(Converted(f"split, {active:.0%} active, untrained", begun))
         out = ready.get(active, folder / f"{begun.name}-{amount:g}{unit}")
+        if not begun.exists() and (active < 1 or not out.exists()):
+            split(dense, begun, SplitSettings(active=active), say=say)
+        if active < 1:  # with all experts on it is the dense model
+            models.append(Converted(f"split, {active:.0%} active, untrained", begun))
         if not out.exists():
             distill(begun, dense, out, DistillSettings(**length), say=say)
         trained.append(Converted(f"split, {active:.0%} active, distilled", out, training))
