@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.convert.models import dense_folder, dense_model, save
+from tests.convert.test_split_memory import Allocated
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.convert.dense import check_dense
 from moesaic.convert.merging import MERGES, LayerWeights, MergeSettings, likeness, merge, parse_place
+from moesaic.convert.merging.run import _Merging
 from moesaic.convert.meter import metered
 from moesaic.convert.source import open_source
 from moesaic.errors import CheckpointError, ConfigError, UnsupportedError
@@ -159,8 +161,9 @@ def test_another_precision_is_rounded_to_the_base_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", [*MERGES])
-def test_models_in_bfloat16_are_merged_in_float32(tmp_path: Path, by: str) -> None:
+def test_models_in_bfloat16_are_merged_in_float32(tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And tied embeddings stay so."""
+    monkeypatch.setattr(_Merging, "_rows", lambda *_: 5)  # random masks are drawn for each piece
     base, folders, _ = family_of(tmp_path, tie_word_embeddings=True)
     rounded = [altered(folder, tmp_path / f"half{n}", torch.bfloat16) for n, folder in enumerate((base, *folders))]
     whole = [altered(folder, tmp_path / f"whole{n}", torch.float32) for n, folder in enumerate(rounded)]
@@ -268,6 +271,18 @@ def test_memory_does_not_grow_with_the_models(tmp_path: Path, into: str) -> None
         by = "ties" if into == "dense" else "linear"
         merge(base, tmp_path / "out", MergeSettings(folders, into=into, by=by), shard_bytes=shard)
     assert shard < meter.peak < 1.3 * layer + shard
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("by", "count"), [("ties", 1), ("ties", 2), ("slerp", 1), ("dare_ties", 2)])
+def test_memory_of_every_intermediate_result(tmp_path: Path, by: str, count: int, dtype: torch.dtype) -> None:
+    changes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32}
+    found, others, _ = family_of(tmp_path, count=count, **changes)
+    base, *folders = (altered(folder, tmp_path / f"as{n}", dtype) for n, folder in enumerate([found, *others]))
+    ffn = 3 * 128 * 512 * dtype.itemsize
+    with Allocated() as everything:
+        merge(base, tmp_path / "out", MergeSettings(folders, by=by), shard_bytes=ffn)
+    assert 0.5 * ffn < everything.meter.peak < 1.3 * ffn + ffn
 
 
 def test_models_of_another_base_are_refused(tmp_path: Path) -> None:

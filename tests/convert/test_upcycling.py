@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.convert.models import SIZES, dense_folder, dense_model, save
+from tests.convert.test_split_memory import Allocated
 
 from moesaic.convert.banks import FreshRouters
 from moesaic.convert.meter import metered
@@ -261,6 +262,17 @@ def test_memory_stays_below_a_layer_and_a_shard(tmp_path: Path) -> None:
     with metered() as meter:
         upcycle(folder, tmp_path / "moe", UpcycleSettings(num_experts=4), shard_bytes=shard)
     assert SIZES["vocab_size"] * 32 * 4 < shard < meter.peak < 1.3 * layer + shard
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [{}, {"drop": 0.5, "noise": 0.1}], ids=str)
+def test_memory_of_every_intermediate_result(tmp_path: Path, change: dict[str, float], dtype: torch.dtype) -> None:
+    """By a counter that sees all that is computed, with as few copies as there can be."""
+    dense = dense_model(hidden_size=256, intermediate_size=1024, head_dim=64).to(dtype)
+    folder, copies = save(dense, tmp_path / "dense"), 2 * 256 * 1024 * dtype.itemsize
+    with Allocated() as everything:
+        upcycle(folder, tmp_path / "moe", UpcycleSettings(num_experts=2, **change), shard_bytes=2 * copies)
+    assert 2 * copies < everything.meter.peak < 1.3 * 3 * copies + 2 * copies
 
 
 def test_fresh_routers_are_the_same_whenever_asked_for() -> None:

@@ -21,6 +21,7 @@ from moesaic.routing.options import is_of
 
 PROBE_TOKENS = 64
 """Tokens by which the distance from the dense model is measured."""
+_VALUES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -120,24 +121,41 @@ class CopyChange:
     def up(self, gate_FD: Tensor, up_FD: Tensor, into_GD: Tensor) -> None:
         """The copy's gate and up projections into ``[2F, D]``, computed in float32."""
         d_ff = gate_FD.shape[0]
-        into_GD[:d_ff] = self._drawn(gate_FD, "gate")[self.order_F]
-        into_GD[d_ff:] = self._drawn(up_FD, "up")[self.order_F] * self.scale_F[:, None]
+        self._fill(gate_FD, "gate", torch.ones_like(self.scale_F), into_GD[:d_ff])
+        self._fill(up_FD, "up", self.scale_F, into_GD[d_ff:])
 
     def down(self, down_DF: Tensor, into_DF: Tensor) -> None:
         """The copy's down projection into ``[D, F]``, computed in float32."""
-        into_DF.copy_((self._drawn(down_DF.t(), "down")[self.order_F] / self.scale_F[:, None]).t())
+        self._fill(down_DF.t(), "down", 1 / self.scale_F, into_DF.t())
 
-    def _drawn(self, weight_FD: Tensor, which: str) -> Tensor:
-        """``[F, D]`` float32: the neurons' weights, with what is drawn anew or added."""
-        weight_FD = weight_FD.float()
-        random = generator(*self.seed, which)
-        if len(self.dropped_S):
-            old_SD = weight_FD[self.dropped_S]
-            new_SD = torch.randn(old_SD.shape, generator=random) * old_SD.std() + old_SD.mean()
-            weight_FD = weight_FD.index_copy(0, self.dropped_S, new_SD)
-        if self.noise:
-            weight_FD = weight_FD + torch.randn(weight_FD.shape, generator=random) * (self.noise * weight_FD.std())
-        return weight_FD
+    def _fill(self, weight_FD: Tensor, which: str, scale_F: Tensor, into_FD: Tensor) -> None:
+        """The neurons' weights with what is drawn anew or added, some neurons at a time: in bfloat16 a whole matrix in
+        float32 would be as large as four of a copy's six."""
+        random, rows = generator(*self.seed, which), _rows(weight_FD)
+        place_F, is_dropped_F = self.order_F.argsort(), torch.zeros(len(weight_FD), dtype=torch.bool)
+        is_dropped_F[self.dropped_S] = True
+        mean, deviation = _moments(weight_FD, self.dropped_S) if len(self.dropped_S) else (0.0, 0.0)
+        noise = self.noise and self.noise * _moments(weight_FD, torch.arange(len(weight_FD)))[1]
+        for own in torch.arange(len(weight_FD)).split(rows):
+            some_RD = weight_FD[own].float()
+            if len(anew := is_dropped_F[own].nonzero().squeeze(1)):
+                some_RD[anew] = torch.randn(len(anew), some_RD.shape[1], generator=random) * deviation + mean
+            if noise:
+                some_RD += torch.randn(some_RD.shape, generator=random) * noise
+            into_FD[place_F[own]] = (some_RD * scale_F[place_F[own], None]).to(into_FD.dtype)
+
+
+def _rows(weight_FD: Tensor) -> int:
+    return max(1, _VALUES_AT_ONCE // weight_FD.shape[1])
+
+
+def _moments(weight_FD: Tensor, neurons_S: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all values of these neurons."""
+    parts = neurons_S.split(_rows(weight_FD))
+    count = len(neurons_S) * weight_FD.shape[1]
+    mean = sum(float(weight_FD[own].double().sum()) for own in parts) / count
+    squares = sum(float((weight_FD[own].double() - mean).square().sum()) for own in parts)
+    return mean, (squares / max(1, count - 1)) ** 0.5
 
 
 def upcycle(
@@ -225,12 +243,14 @@ def measure_distance(dense: DenseModel, layer: int, settings: UpcycleSettings, r
     """‖experts(x) − feed-forward(x)‖ / ‖feed-forward(x)‖ of one layer, as :class:`Upcycled` tells it; in memory is the
     layer's feed-forward and one copy."""
     names, source = dense.ffn(layer), dense.source
-    gate_FD, up_FD, down_DF = (source.read(name).float() for name in names)
+    gate_FD, up_FD, down_DF = (source.read(name) for name in names)
     x_TD = torch.randn(PROBE_TOKENS, dense.d_model, generator=generator(settings.seed, "probe", layer))
     x_TD = x_TD / x_TD.square().mean(dim=1, keepdim=True).sqrt()
     x_TD = x_TD * source.read(f"model.layers.{layer}.post_attention_layernorm.weight").float()
     apply = ACTIVATIONS.get(dense.activation).apply
-    wanted_TD = apply(x_TD @ torch.cat([gate_FD, up_FD]).t()) @ down_DF.t()
+    # In float32 one matrix at a time.
+    wanted_TD = apply(torch.cat([x_TD @ half_FD.float().t() for half_FD in (gate_FD, up_FD)], dim=1))
+    wanted_TD = wanted_TD @ down_DF.float().t()
     routing = ask(routers.build(layer, dense.d_model).eval(), x_TD)
     got_TD = torch.zeros_like(wanted_TD)
     copy_GD = torch.empty(2 * dense.d_ff, dense.d_model, dtype=dense.dtype)  # rounded as they are written
@@ -242,6 +262,7 @@ def measure_distance(dense: DenseModel, layer: int, settings: UpcycleSettings, r
             change = CopyChange.of(settings, layer, expert, dense.d_ff)
             change.up(gate_FD, up_FD, copy_GD)
             change.down(down_DF, copy_DF)
-            hidden = apply(x_TD[rows] @ copy_GD.float().t())
-            got_TD[rows] += weight_T[rows, None] * (hidden @ copy_DF.float().t())
+            halves = [x_TD[rows] @ half_FD.float().t() for half_FD in copy_GD.chunk(2)]
+            hidden = apply(torch.cat(halves, dim=1)) @ copy_DF.float().t()
+            got_TD[rows] += weight_T[rows, None] * hidden
     return float((got_TD - wanted_TD).norm() / wanted_TD.norm())

@@ -213,9 +213,9 @@ class _Merging:
         return merged
 
     def _rows(self, shape: tuple[int, ...]) -> int:
-        """Rows of a piece: of all models together at most a quarter of a layer's feed-forward."""
+        """Rows of a piece: those of all models, in float32, are at most a quarter of a layer's feed-forward."""
         per_row = max(torch.Size(shape[1:]).numel(), 1) * (len(self.branches) + 1)
-        return max(self.base.dense_parameters() // 4 // per_row, 1)
+        return max(self.base.dense_parameters() * min(self.base.dtype.itemsize, 4) // 16 // per_row, 1)
 
 
 def _reader(model: DenseModel, name: str) -> Read:
