@@ -26,7 +26,7 @@ from moesaic.convert import distilling as module
 from moesaic.convert.lessons import Lessons
 from moesaic.convert.writing import partial_path
 from moesaic.data import prepare
-from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted
+from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted, UnsupportedError
 from moesaic.hf.load import load_model
 
 
@@ -324,6 +324,8 @@ def test_models_that_do_not_go_together(student: Path, dense: Path, data: tuple[
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="is a llama model: the student must be a mixture of ours"):
         distill(dense, dense, out, settings(data))
+    with pytest.raises(UnsupportedError, match="is a mixture of experts already"):
+        distill(student, student, out, settings(data))
     other = dense_folder(tmp_path / "other", hidden_size=16)
     with pytest.raises(CheckpointError, match="hidden_size is 32 there and 16 in the teacher"):
         distill(student, other, out, settings(data))

@@ -379,6 +379,7 @@ def test_models_that_are_refused(tmp_path: Path, text: str) -> None:
     refused(ConfigError, "keep is 1 of 6 experts in a layer, of which a token takes 2", folder, settings(text, keep=1))
     refused(ConfigError, "keep is 6 of 6 experts .*: allowed are 2 to 5", folder, settings(text, keep=6))
     refused(ConfigError, "with share 0.9, 1 would stay", folder, settings(text, keep=None, share=0.9))
+    refused(ConfigError, "reads at most 128 tokens at once", folder, settings(text, sequence_length=129))
     refused(DataError, "at least 48 tokens are needed", folder, settings(text, tokens=32))
     refused(DataError, "does not exist", folder, settings("nowhere.txt"))
     other = trace_of(folder, {0: [1] * 6, 1: [1] * 5}).save(tmp_path / "t.npz")

@@ -260,7 +260,7 @@ def test_a_model_that_is_not_finite_is_refused(
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"experts": 16, "tokens": 500}, DataError, r"too short for 16 experts: it has 500 tokens, at least 512"),
-    ({"sequence_length": 129}, ConfigError, r"sequence_length is 129: the model reads at most 128 tokens at once"),
+    ({"sequence_length": 129}, ConfigError, r"sequence_length is 129: '.*dense' reads at most 128 tokens at once"),
     ({"experts": 49}, ConfigError, r"experts is 49 and shared is 0: of 48 .* leaves an expert empty; .* up to 48"),
     ({"shared": 46}, ConfigError, r"experts is 4 and shared is 46: of 48 hidden neurons this leaves an expert empty"),
     ({"experts": 5}, ConfigError, r"cannot be cut into 5 experts of one size: shared may be 3"),
@@ -310,7 +310,7 @@ def test_passages_are_as_long_as_the_model_reads_unless_told(
     noted = json.loads((partial_path(tmp_path / "out") / "conversion.json").read_text())
     assert noted["sequence_length"] == length
     split(path, tmp_path / "out", settings(data, sequence_length=length))  # goes on
-    with pytest.raises(ConfigError, match=f"the model reads at most {positions} tokens at once"):
+    with pytest.raises(ConfigError, match=f"dense' reads at most {positions} tokens at once"):
         split(path, tmp_path / "other", settings(data, sequence_length=positions + 1))
 
 

@@ -15,7 +15,7 @@ from tests.convert.test_calibration import text_folder
 
 from moesaic.convert import DistillSettings, SplitSettings, split_and_distill
 from moesaic.convert.writing import partial_path
-from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted
+from moesaic.errors import CheckpointError, ConfigError, DataError, Interrupted, UnsupportedError
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,18 @@ def test_a_split_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_passages_longer_than_the_model_reads_are_refused_before_the_split(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sequence_length is 200: .*reads at most 128 tokens at once"):
         make(tmp_path, sequence_length=200)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_cannot_be_split_is_refused_before_the_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesaic.convert.taught.read_lessons", None)
+    with pytest.raises(ConfigError, match=r"experts is 49 .* leaves an expert empty"):
+        make(tmp_path, experts=49)
+    dense_folder(tmp_path / "wide", mlp_bias=True)
+    with pytest.raises(UnsupportedError, match="mlp_bias"):
+        make(tmp_path, "wide")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -15,7 +15,7 @@ from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.lessons import Lessons, Told
 from moesaic.convert.mixture import ExcessLossMixture
 from moesaic.convert.refitting import Refit, refit, tokens_needed
-from moesaic.convert.source import EMBEDDING, TensorSource, load_tokenizer, open_source
+from moesaic.convert.source import EMBEDDING, TensorSource, load_tokenizer, open_source, passage_length
 from moesaic.convert.targets import TARGETS, Target
 from moesaic.convert.teacher import load_dense
 from moesaic.convert.writing import Output, Written, check_output, partial_folder, write_model
@@ -33,8 +33,6 @@ TRAINED = ("all", "ffn")
 MIXTURES = ("excess", "even", "tokens")
 SAVE_SECONDS = 300.0
 """Between two saves."""
-SEQUENCE_LENGTH = 512
-"""Tokens of a passage where none are given and the models read as many."""
 _ROWS = 4096
 Say = Callable[[str], None]
 
@@ -156,7 +154,7 @@ def distill(
     """
     told = say or (lambda line: None)
     source, dense = check_distill(student, teacher, out)
-    length = passage_length(settings, source, dense.source)
+    length = passage_length(settings.sequence_length, source, dense.source)
     text = read_lessons(source, settings, length, told)
     note = _note(source, dense, settings, length, text)
     check_output(Path(out), note)
@@ -224,24 +222,6 @@ def _same_embedding(ours: TensorSource, theirs: TensorSource) -> bool:
         if not (torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)):
             return False
     return True
-
-
-def passage_length(settings: DistillSettings, *models: TensorSource) -> int:
-    """Tokens of a passage.
-
-    Raises:
-        ConfigError: for more than one of the models reads at once.
-    """
-    length = settings.sequence_length or SEQUENCE_LENGTH
-    for model in models:
-        longest = getattr(model.config, "max_position_embeddings", None) or length
-        if longest < length and settings.sequence_length is not None:
-            raise ConfigError(
-                f"sequence_length is {length}: {str(model.path)!r} reads at most {longest} tokens at once "
-                "(max_position_embeddings)"
-            )
-        length = min(length, longest)
-    return length
 
 
 def read_lessons(model: TensorSource, settings: DistillSettings, length: int, say: Say) -> TokenData:

@@ -23,7 +23,7 @@ from moesaic.convert.dense import is_moe
 from moesaic.convert.grouping import FloatArray, Groups, best, clusters, distances, join_nearest
 from moesaic.convert.pruned_config import check_fits, experts_of_a_token, pruned_config
 from moesaic.convert.pruned_tensors import PrunedTensors, pruned_outputs
-from moesaic.convert.source import SafetensorsSource, TensorSource, open_source
+from moesaic.convert.source import SafetensorsSource, TensorSource, open_source, passage_length
 from moesaic.convert.stored_experts import MOST_ALIGNED, StoredExperts
 from moesaic.convert.streaming import StreamedModel
 from moesaic.convert.usefulness import measure_use
@@ -67,7 +67,8 @@ class PruneSettings:
         similarity: what near means: ``"outputs"``: the Euclidean distance of the experts' mean outputs over the same
             tokens, as in HC-SMoE; ``"weights"``: one minus the cosine of their weights.
         data: text to measure on, as :func:`moesaic.data.load_corpus` takes it; by default the standard library without
-            what training holds out. tokens: how many of it. sequence_length: how many the model sees at once.
+            what training holds out. tokens: how many of it. sequence_length: how many the model sees at once; None for
+            512, or as many as it reads.
         trace: a routing trace, or the folder of a report that has one, instead of text: it says how often experts are
             taken, so it is enough where no outputs are looked at.
 
@@ -83,7 +84,7 @@ class PruneSettings:
     data: tuple[str, ...] = ()
     trace: str | None = None
     tokens: int = 16384
-    sequence_length: int = 512
+    sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -100,7 +101,8 @@ class PruneSettings:
         if self.share is not None and not (is_of(float, self.share) and 0 < self.share < 1):
             raise ConfigError(f"share is {self.share!r}: it must be between 0 and 1")
         for name in ("tokens", "sequence_length"):
-            if not (is_of(int, value := getattr(self, name)) and value >= 1):
+            value = getattr(self, name)
+            if not (is_of(int, value) and value >= 1) and (name, value) != ("sequence_length", None):
                 raise ConfigError(f"{name} is {value!r}: it must be a whole number, at least 1")
         if self.trace is not None and self.data:
             raise ConfigError("give data to measure on, or a trace that was recorded, not both")
@@ -343,8 +345,7 @@ def _text(source: TensorSource, settings: PruneSettings, experts: int) -> Tensor
     Raises:
         DataError: where there is too little text for so many experts.
     """
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or settings.sequence_length
-    length = min(settings.sequence_length, longest)
+    length = passage_length(settings.sequence_length, source)
     data = settings.data or (STDLIB,)
     held_out = HELD_OUT if data == (STDLIB,) else 0.0
     text = read_text(source, data, tokens=settings.tokens, sequence_length=length, held_out=held_out)

@@ -18,10 +18,12 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from moesaic.convert.meter import watch
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf.load import load_config, model_folder
 
 EMBEDDING = "model.embed_tokens.weight"
+SEQUENCE_LENGTH = 512
+"""Tokens of a passage where nobody says otherwise and the models read as many at once."""
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
     "F64": torch.float64,
@@ -172,6 +174,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     finally:
         logging.set_verbosity(before)
     return tokenizer
+
+
+def passage_length(given: int | None, *models: TensorSource) -> int:
+    """Tokens of a passage for all of ``models``: those that are ``given``, or 512 or as many as they read at once.
+
+    Raises:
+        ConfigError: where more are given than one of the models reads at once.
+    """
+    length = given or SEQUENCE_LENGTH
+    for model in models:
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+        if longest < length and given is not None:
+            raise ConfigError(
+                f"sequence_length is {length}: {str(model.path)!r} reads at most {longest} tokens at once "
+                "(max_position_embeddings)"
+            )
+        length = min(length, longest)
+    return length
 
 
 class SafetensorsSource(TensorSource):

@@ -19,7 +19,7 @@ from moesaic.convert.criteria import CRITERIA, always_active, experts_of_domains
 from moesaic.convert.cutting import Plan, outputs_of
 from moesaic.convert.dense import DenseModel, check_dense
 from moesaic.convert.routers import GateFit, align, contributions, explained
-from moesaic.convert.source import TensorSource, open_source
+from moesaic.convert.source import open_source, passage_length
 from moesaic.convert.writing import Written, check_output, load_kept, partial_folder, save_atomically, write_model
 from moesaic.errors import ConfigError, DataError, did_you_mean
 from moesaic.hf.configuration import MoesaicConfig
@@ -28,8 +28,6 @@ from moesaic.routing.options import is_of
 
 TOKENS_PER_EXPERT = 32
 """Least tokens of calibration text for one expert."""
-SEQUENCE_LENGTH = 512
-"""Tokens of a passage where the model has as many positions and nobody says otherwise."""
 PRE_GATINGS = ("none", "stack")
 Say = Callable[[str], None]
 
@@ -179,24 +177,13 @@ def read_calibration(dense: DenseModel, settings: SplitSettings) -> tuple[Calibr
         ConfigError: where passages are longer than what the model reads at once.
         DataError, CheckpointError: as :func:`moesaic.convert.activations.read_text` does.
     """
-    length = _sequence_length(dense.source, settings)
+    length = passage_length(settings.sequence_length, dense.source)
     text = read_text(
         dense.source, settings.data, tokens=settings.tokens, sequence_length=length, held_out=settings.held_out
     )
     told = asdict(replace(settings, sequence_length=length))
     note = {"method": "split", "model": dense.source.fingerprint(), **told, "data": list(settings.data)}
     return text, {**note, "content": dense.source.content(), "text": text.digest()}
-
-
-def _sequence_length(source: TensorSource, settings: SplitSettings) -> int:
-    given, longest = settings.sequence_length, getattr(source.config, "max_position_embeddings", None)
-    if given is None:
-        return min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH)
-    if longest and given > longest:
-        raise ConfigError(
-            f"sequence_length is {given}: the model reads at most {longest} tokens at once (max_position_embeddings)"
-        )
-    return given
 
 
 def _check_text(text: CalibrationText, settings: SplitSettings) -> None:

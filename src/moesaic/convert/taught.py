@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moesaic.convert.dense import check_dense
-from moesaic.convert.distilling import Distilled, DistillSettings, distill, passage_length, read_lessons
-from moesaic.convert.source import open_source
-from moesaic.convert.splitting import Split, SplitSettings, read_calibration, split
+from moesaic.convert.dense import DenseModel, check_dense
+from moesaic.convert.distilling import Distilled, DistillSettings, distill, read_lessons
+from moesaic.convert.source import TensorSource, open_source, passage_length
+from moesaic.convert.splitting import Split, SplitSettings, plan_split, read_calibration, split
 from moesaic.convert.writing import NOTE, Written, partial_path
 from moesaic.errors import CheckpointError
 from moesaic.hf.save import check_new
@@ -53,11 +53,13 @@ def split_and_distill(
     out = Path(out)
     begun = out.with_name(f"{out.name}.split")
     check_new(out)
+    dense = check_dense(open_source(model))
+    plan_split(dense.d_ff, settings)  # before the text of the teaching is read, which takes long
     made, told = None, say or (lambda line: None)
     if begun.exists():
-        _check_begun(begun, model, settings, told)
+        _check_begun(begun, dense, settings, told)
     else:
-        _check_teaching(model, out, teaching, told)
+        _check_teaching(dense.source, out, teaching, told)
         made = split(model, begun, settings, say=say, shard_bytes=shard_bytes)
     distilled = distill(begun, model, out, teaching, say=say, shard_bytes=shard_bytes)
     shutil.rmtree(begun)
@@ -65,20 +67,19 @@ def split_and_distill(
     return Taught(distilled.written, made, distilled)
 
 
-def _check_teaching(model: str | Path, out: Path, teaching: DistillSettings, say: Say) -> None:
+def _check_teaching(source: TensorSource, out: Path, teaching: DistillSettings, say: Say) -> None:
     """Refuse what the distillation would refuse after the split."""
     if (partial := partial_path(out)).exists():
         raise CheckpointError(
             f"{str(partial)!r} is in the way, it is of no split that is there to go on with: remove it to begin anew"
         )
-    source = open_source(model)
-    read_lessons(source, teaching, passage_length(teaching, source), say)
+    read_lessons(source, teaching, passage_length(teaching.sequence_length, source), say)
 
 
-def _check_begun(begun: Path, model: str | Path, settings: SplitSettings, say: Say) -> None:
+def _check_begun(begun: Path, dense: DenseModel, settings: SplitSettings, say: Say) -> None:
     """Refuse what is there where it is not what this split would make."""
     say("reading the calibration text")
-    wanted = json.loads(json.dumps(read_calibration(check_dense(open_source(model)), settings)[1]))
+    wanted = json.loads(json.dumps(read_calibration(dense, settings)[1]))
     try:
         noted = json.loads((begun / NOTE).read_bytes())
     except (OSError, ValueError):
