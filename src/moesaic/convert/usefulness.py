@@ -26,20 +26,14 @@ SAMPLE = 256
 class Use:
     """Sums over the tokens of one MoE layer; all ``[E]`` float64 but for ``outputs_ED``.
 
-    ``counts_E``: tokens that take the expert. ``gates_E``: the sum of their routing weights. ``saliency_E``: the sum
-    of routing weight x length of the expert's output. ``outputs_ED``: the sum of the expert's outputs over ``sampled``
-    tokens, which are the same for all experts. ``tokens``: all that went through the layer.
+    ``counts_E``: tokens that take the expert. ``saliency_E``: the sum of routing weight x length of the expert's
+    output. ``outputs_ED``: the sum of the expert's outputs over ``sampled`` tokens, which are the same for all experts.
     """
 
     def __init__(self, num_experts: int) -> None:
-        self.tokens = self.sampled = 0
-        self.counts_E, self.gates_E, self.saliency_E = (torch.zeros(num_experts, dtype=torch.float64) for _ in range(3))
+        self.sampled = 0
+        self.counts_E, self.saliency_E = (torch.zeros(num_experts, dtype=torch.float64) for _ in range(2))
         self.outputs_ED: Tensor | None = None
-
-    @property
-    def usage_E(self) -> Tensor:
-        """Share of the tokens that take the expert."""
-        return self.counts_E / max(1, self.tokens)
 
     @property
     def reap_E(self) -> Tensor:
@@ -121,7 +115,6 @@ def _watch(use: Use, outputs: bool) -> Any:
 def _add(use: Use, x_TD: Tensor, dispatch: Dispatch, weights: Any) -> None:
     slots, start = dispatch.permutation, 0
     gates_S = dispatch.weights.reshape(-1).double()
-    use.tokens += dispatch.num_tokens
     for expert, end in enumerate(dispatch.offsets.tolist()):
         own = slots[start:end]
         own = own[own < len(gates_S)]  # rows that only fill a fixed capacity have a slot beyond the last one
@@ -129,7 +122,6 @@ def _add(use: Use, x_TD: Tensor, dispatch: Dispatch, weights: Any) -> None:
         if len(own):
             y_ND = expert_output(x_TD[own // dispatch.top_k], weights, expert)
             use.counts_E[expert] += len(own)
-            use.gates_E[expert] += gates_S[own].sum()
             use.saliency_E[expert] += (gates_S[own] * y_ND.float().norm(dim=-1).double()).sum()
 
 
