@@ -174,7 +174,8 @@ def command(
     trace: Annotated[
         str | None,
         typer.Option(
-            help="Instead of text: the trace in a report of moesaic inspect, for --by usage.", rich_help_panel=_PRUNE
+            help="Instead of text: the trace in a report of moesaic inspect, for --by usage or --similarity weights.",
+            rich_help_panel=_PRUNE,
         ),
     ] = None,
     data: Annotated[
