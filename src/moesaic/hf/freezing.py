@@ -12,7 +12,7 @@ from moesaic.experts import ExpertBank, ExpertWeights
 from moesaic.experts.native.memory import inputs_last, use_huge_pages
 from moesaic.few_tokens import few_tokens_of
 from moesaic.hf.experts import weights_of
-from moesaic.hf.linears import use_native_linears
+from moesaic.hf.linears import is_wrapped, use_native_linears
 from moesaic.hf.quantized import expert_modules
 from moesaic.layer import moe_layers
 
@@ -56,7 +56,7 @@ def freeze(model: Model) -> Model:
         _lay_out(weights)
     use_native_linears(model)
     for layer in moe_layers(model):
-        layer.few_tokens = few_tokens_of(layer)
+        layer.few_tokens = None if is_wrapped(layer.router) else few_tokens_of(layer)
     return model
 
 

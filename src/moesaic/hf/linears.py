@@ -37,6 +37,13 @@ def use_native_linears(model: nn.Module) -> int:
     return changed
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` of its own that somebody else than :func:`use_native_linears` has set."""
+    forward = module.__dict__.get("forward")
+    ours = isinstance(forward, partial) and forward.func in (_forward, _forward_router) and forward.args == (module,)
+    return forward is not None and not ours
+
+
 def _is_native(module: nn.Linear) -> bool:
     # Not other subclasses: those of other libraries keep their weights in ways of their own.
     known = type(module) in (nn.Linear, WidthProjection)

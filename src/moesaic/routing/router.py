@@ -72,7 +72,8 @@ class Router(nn.Module, ABC):
     def linear_gate(self) -> Gate | None:
         """What :meth:`forward` computes, where that is no more than a :class:`Gate`; None: it must be called.
 
-        A frozen layer may then compute a few tokens' routes without calling the router (``moesaic.few_tokens``).
+        A frozen layer may then compute a few tokens' routes without calling the router (``moesaic.few_tokens``). Only
+        the class that defines this is taken at its word, not those derived from it.
         """
         return None
 

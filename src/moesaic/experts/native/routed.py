@@ -54,7 +54,7 @@ class RoutedLayer:
                 torch.empty(0, weights.d_model, dtype=dtype),
                 nothing,
                 nothing,
-                torch.empty(0, 1),
+                torch.empty(0, 1, dtype=torch.float32),
                 weights.up,
                 weights.down,
                 up_bias,
@@ -79,9 +79,9 @@ class RoutedLayer:
         found = Routed(
             torch.empty_like(x_TD, memory_format=torch.contiguous_format),
             torch.empty((tokens, top_k), dtype=torch.int64),
-            torch.empty((tokens, top_k)),
-            torch.empty((tokens, num_experts)),
-            torch.empty((tokens, num_experts)),
+            torch.empty((tokens, top_k), dtype=torch.float32),  # whatever PyTorch's default is
+            torch.empty((tokens, num_experts), dtype=torch.float32),
+            torch.empty((tokens, num_experts), dtype=torch.float32),
             torch.empty(num_experts, dtype=torch.int64),
         )
         layer = library.Layer.from_buffer_copy(self._layer)
