@@ -301,6 +301,22 @@ def test_compiled() -> None:
     torch._dynamo.reset()
 
 
+def test_a_frozen_model_takes_another_number_of_experts() -> None:
+    from tests.hf.tiny import model_of
+    from tests.hf.tiny import tokens as ids
+
+    plain = model_of()
+    frozen = moesaic.freeze(copy.deepcopy(plain))
+    with torch.no_grad(), moesaic.use_backend("native"):
+        wanted, before = {}, frozen(ids()[:, :3]).logits
+        for model in (plain, frozen):
+            with moesaic.reroute(model, top_k=1):
+                wanted[model] = model(ids()[:, :3]).logits
+                assert all(layer.last_routing.top_k == 1 for layer in moe_layers(model))
+        assert (wanted[plain] - wanted[frozen]).norm() < 1e-4 * wanted[plain].norm()
+        assert torch.equal(frozen(ids()[:, :3]).logits, before)
+
+
 def test_only_the_number_of_experts(model: nn.Module) -> None:
     before = logits(model)
     hooks = [len(module._forward_hooks) for module in model.modules()]

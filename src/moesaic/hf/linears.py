@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from moesaic.eager import is_eager
 from moesaic.experts.native import linear
 from moesaic.experts.row_invariance import is_row_invariant
 from moesaic.experts.width import WidthProjection
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def use_native_linears(model: nn.Module) -> int:
@@ -42,6 +45,15 @@ def is_wrapped(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     ours = isinstance(forward, partial) and forward.func in (_forward, _forward_router) and forward.args == (module,)
     return forward is not None and not ours
+
+
+def shared_copy(module: Module) -> Module:
+    """A copy that shares all tensors and parts of a module, and computes by its own attributes."""
+    made = copy.copy(module)
+    if "forward" in made.__dict__ and not is_wrapped(module):
+        del made.__dict__["forward"]  # that of ``module``
+        use_native_linears(made)
+    return made
 
 
 def _is_native(module: nn.Linear) -> bool:

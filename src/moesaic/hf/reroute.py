@@ -16,6 +16,7 @@ from moesaic.config import MoEConfig
 from moesaic.errors import ConfigError, UnsupportedError
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.gates import Gate, GateRule, TakenIds, TokenIds, find_gates, gate_rule, refuse_sharded
+from moesaic.hf.linears import shared_copy
 from moesaic.layer import MoE, moe_layers
 from moesaic.routing import ROUTERS, Router, Routing, RoutingContext, check_balancing, create_router
 from moesaic.routing.layer_balancing import LayerBalancing
@@ -350,8 +351,7 @@ def _parts(layer: MoE, config: MoEConfig) -> tuple[list[Router], nn.ModuleList]:
     before = layer.config
     routers = layer.routers
     if (config.router, config.router_options) == (before.router, before.router_options):
-        # Only the number: a copy that shares everything.
-        routers = [copy.copy(router) for router in routers]
+        routers = [shared_copy(router) for router in routers]
         for router in routers:
             router.top_k = config.top_k
     else:
