@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from moesaic.convert.dense import EXPERT_COUNTS
 from moesaic.convert.source import TensorSource
 from moesaic.errors import ConfigError, UnsupportedError
+from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.placement import MoEBlock
+from moesaic.routing import ROUTERS
 
 TOP_KS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 """How configurations of transformers call the number of a token's experts."""
@@ -37,9 +38,8 @@ def pruned_config(config: PretrainedConfig, before: int, keep: int) -> Pretraine
     """The configuration with ``keep`` experts in place of ``before``, and with all that hangs on their number such that
     tokens are routed as they were when the experts that went are not to be had.
 
-    Routers whose groups of experts are all open to a token (``n_group``, ``num_groups``) have none any more: what stays
-    need not divide into them. The space of the router ``cosine`` keeps its width, which by default is half the number
-    of experts. The router ``relu`` divides by a mean over the experts: see :func:`gain_factor`.
+    Groups of experts that are all open to a token (``n_group``) are none any more: what stays need not divide into
+    them. Our own routers say themselves what hangs on the number (:meth:`moesaic.routing.Router.options_with_fewer`).
     """
     new = copy.deepcopy(config)
     text = new.get_text_config()
@@ -48,22 +48,10 @@ def pruned_config(config: PretrainedConfig, before: int, keep: int) -> Pretraine
             setattr(text, name, keep)
     if getattr(text, "n_group", None) and getattr(text, "topk_group", None) == text.n_group:
         text.n_group = text.topk_group = 1
-    if text.model_type == "moesaic":
-        options = dict(text.router_options or {})
-        if options.get("num_groups", 1) > 1:
-            options |= {"num_groups": 1, "top_groups": 1}
-        if text.router == "cosine":
-            options["width"] = options.get("width") or max(2, before // 2)
-        if text.router == "relu":
-            options["eps"] = options.get("eps", 1e-5) * before / keep
-        text.router_options = options
+    if isinstance(text, MoesaicConfig):
+        kind = ROUTERS.get(text.router)
+        text.router_options = kind.options_with_fewer(text.router_options or {}, before, keep)
     return new
-
-
-def gain_factor(before: int, keep: int) -> float:
-    """By what the gains of the router ``relu`` grow, so that weights stay as they were: the mean square of the logits
-    is taken over ``keep`` experts instead of ``before``, of which those that went count as zeros."""
-    return math.sqrt(before / keep)
 
 
 def check_fits(config: PretrainedConfig, source: TensorSource, blocks: Sequence[MoEBlock], keep: int) -> None:

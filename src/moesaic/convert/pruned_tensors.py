@@ -10,11 +10,12 @@ from torch import Tensor
 
 from moesaic.convert.grouping import Groups
 from moesaic.convert.meter import watch
-from moesaic.convert.pruned_config import gain_factor
 from moesaic.convert.source import TensorSource
 from moesaic.convert.stored_experts import StoredExperts
 from moesaic.convert.writing import Output
+from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.placement import MoEBlock
+from moesaic.routing import ROUTERS
 
 
 class PrunedTensors:
@@ -68,8 +69,11 @@ class PrunedTensors:
         axis = self.router_axis(old.shape)
         rows = old.movedim(axis, 0)
         made = torch.stack([self._row(rows, group) for group in self.groups])
-        if name.endswith(".router.gain"):
-            made = (made.double() * gain_factor(self.block.num_experts, len(self.groups))).to(made.dtype)
+        if isinstance(source.config, MoesaicConfig):
+            kind, parameter = ROUTERS.get(source.config.router), name.rpartition(".")[2]
+            factor = kind.factor_with_fewer(parameter, self.block.num_experts, len(self.groups))
+            if factor != 1:
+                made = (made.double() * factor).to(made.dtype)
         return made.movedim(0, axis).contiguous()
 
     def _row(self, rows: Tensor, group: Sequence[int]) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ class Cosine(Router):
             raise ConfigError(f"width is {width}: it must be at least 1, or 0 for half the number of experts")
         if gate not in _TEMPERATURES:
             raise ConfigError(f"gate is {gate!r}: it must be one of {', '.join(_TEMPERATURES)}")
-        self.width, self.gate, self.normalize = width or max(2, num_experts // 2), gate, normalize
+        self.width, self.gate, self.normalize = width or _width(num_experts), gate, normalize
         self.weight = nn.Parameter(torch.empty(num_experts, self.width))  # the embeddings, in place of a linear gate
         self.projection = nn.Parameter(torch.empty(self.width, d_model))
         self.log_temperature = nn.Parameter(torch.empty(1))
@@ -76,6 +78,10 @@ class Cosine(Router):
         if "projection" in self._parameters:  # not there yet while the base class is built
             nn.init.normal_(self.projection, std=std)
             nn.init.constant_(self.log_temperature, math.log(_TEMPERATURES[self.gate]))
+
+    @classmethod
+    def options_with_fewer(cls, options: Mapping[str, Any], before: int, keep: int) -> dict[str, Any]:
+        return {**options, "width": options.get("width") or _width(before)}
 
     def cosines(self, x_TD: Tensor) -> Tensor:
         """``[T, E]`` float32, from -1 to 1."""
@@ -121,6 +127,10 @@ class CosineLoadBalancing(LoadBalancing):
             raise ConfigError(
                 f"the balancer 'cosine_load_balancing' needs the router 'cosine'; {router.__name__} has no cosines"
             )
+
+
+def _width(num_experts: int) -> int:
+    return max(2, num_experts // 2)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.routing.router import ROUTERS, Router
 from moesaic.routing.routing import Routing
+
+_EPS = 1e-5
 
 
 @ROUTERS.register("relu")
@@ -28,7 +32,7 @@ class ReLURouter(Router):
 
     is_adaptive: ClassVar[bool] = True
 
-    def __init__(self, d_model: int, num_experts: int, top_k: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, d_model: int, num_experts: int, top_k: int, *, eps: float = _EPS) -> None:
         if eps <= 0:
             raise ConfigError(f"eps is {eps}: it must be above 0")
         super().__init__(d_model, num_experts, top_k)
@@ -40,6 +44,15 @@ class ReLURouter(Router):
         super().reset_parameters(std)
         if "gain" in self._parameters:  # not there yet while the base class is built
             nn.init.ones_(self.gain)
+
+    @classmethod
+    def options_with_fewer(cls, options: Mapping[str, Any], before: int, keep: int) -> dict[str, Any]:
+        """The mean square is taken over ``keep`` logits instead of ``before``, of which those that went are zeros."""
+        return {**options, "eps": options.get("eps", _EPS) * before / keep}
+
+    @classmethod
+    def factor_with_fewer(cls, parameter: str, before: int, keep: int) -> float:
+        return math.sqrt(before / keep) if parameter == "gain" else 1.0
 
     def forward(self, x_TD: Tensor, top_k: int | None = None) -> Routing:
         logits_TE = self.logits(x_TD)

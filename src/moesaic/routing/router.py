@@ -86,6 +86,17 @@ class Router(nn.Module, ABC):
         some only; 1 where it may choose from all."""
         return 1
 
+    @classmethod
+    def options_with_fewer(cls, options: Mapping[str, Any], before: int, keep: int) -> dict[str, Any]:
+        """The ``router_options`` with which a router that keeps ``keep`` of ``before`` experts routes as it did where
+        the others were not to be had."""
+        return dict(options)
+
+    @classmethod
+    def factor_with_fewer(cls, parameter: str, before: int, keep: int) -> float:
+        """By what its parameter of this name is to be multiplied for that."""
+        return 1.0
+
     def slots(self, top_k: int | None) -> int:
         """The number of slots for this call, checked against the number of experts."""
         return self.top_k if top_k is None else check_top_k(top_k, self.num_experts)

@@ -79,6 +79,12 @@ class SigmoidTopK(Router):
         groups: int = options.get("num_groups", 1)
         return groups if options.get("top_groups", 1) < groups else 1
 
+    @classmethod
+    def options_with_fewer(cls, options: Mapping[str, Any], before: int, keep: int) -> dict[str, Any]:
+        """Without groups, where all are open to a token: the experts that stay need not divide into them."""
+        is_open = "num_groups" in options and cls.choice_groups(options) == 1
+        return {**options, **({"num_groups": 1, "top_groups": 1} if is_open else {})}
+
     def slots(self, top_k: int | None) -> int:
         top_k = super().slots(top_k)
         reachable = self.num_experts // self.num_groups * self.top_groups
